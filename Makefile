@@ -1,0 +1,39 @@
+# The commands of the README. PROFILE=mini|smoke|record; PYTHON=python3.12 to choose an interpreter.
+PROFILE ?= mini
+PYTHON ?= python3
+NB ?=
+PY := .venv/bin/python
+
+.PHONY: figures redraw record test lint testbed saes clean
+
+figures: .venv/ready        ## every notebook; writes figures/$(PROFILE)/
+	$(PY) notebooks/run.py --profile $(PROFILE)
+
+fig%: .venv/ready           ## one notebook by its number: make fig6
+	$(PY) notebooks/run.py $* --profile $(PROFILE)
+
+redraw: .venv/ready         ## figures/record/ again from its CSVs
+	$(PY) notebooks/run.py --redraw
+
+record: .venv/ready         ## hours on two cores; resumes; NB=06 for one notebook
+	$(PY) notebooks/run.py --record $(NB)
+
+test: .venv/ready           ## lint, unit tests, every notebook at smoke
+	$(PY) -m ruff check .
+	$(PY) -m pytest -q tests
+	$(PY) -m pytest -q --nbmake notebooks/
+
+testbed: .venv/ready        ## train the embedded language model from nothing
+	$(PY) testbed/train.py
+
+saes: .venv/ready           ## the committed pair, from the record's cache
+	$(PY) testbed/export_saes.py
+
+.venv/ready: requirements.txt
+	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=python3.12'"
+	test -x $(PY) || $(PYTHON) -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
+	touch $@
+
+clean:
+	rm -rf .venv .cache figures/mini figures/smoke

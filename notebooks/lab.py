@@ -1,0 +1,357 @@
+"""What the notebooks share: profiles, corpora, train-or-load, figures, records and claims.
+
+A notebook makes one `Lab(figure_id, profile)` and asks it for the model, rows, trained SAEs and places to write to.
+Nothing here knows what a notebook does with them.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import sys
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+if os.environ.get("TSAE_TEXT_PROGRESS"):  # set by run.py: bars as text, so that a terminal and a saved notebook show them
+    import tqdm.notebook
+
+    tqdm.notebook.IProgress = None
+    warnings.filterwarnings("ignore", message="IProgress not found")
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+from scipy import stats  # noqa: E402
+from transformers.utils import logging as transformers_logging  # noqa: E402
+
+import tsae_utils as tu  # noqa: E402
+from testbed import corpus as testbed_corpus  # noqa: E402
+
+transformers_logging.set_verbosity_error()
+transformers_logging.disable_progress_bar()
+
+# ---------------------------------------------------------------------------------------------
+# Profiles: the same notebooks at several scales. A profile is data.
+# ---------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Profile:
+    """Model, corpus and grid. Depths are shares of the model's layers, widths multiples of d_model."""
+
+    name: str
+    model: str = "testbed"
+    corpus: str = "testbed"
+    context_size: int = 256  # the paper's
+    depth: float = 2 / 3  # the main layer: testbed 4 of 6, GPT-2 8 of 12, Pythia 16 of 24
+    depths: tuple[float, ...] = (5 / 12, 8 / 12, 11 / 12)  # figures 2 and 3; the paper: GPT-2 layers 5, 8, 11
+    expansion: int = 16
+    ks: tuple[int, ...] = (4, 8, 16, 32, 64)
+    k: int = 16  # where one k is enough
+    l1_coefficient: float = 3.0  # relu SAEs of figure 3
+    seeds: tuple[int, ...] = (0, 1, 2)
+    tokens: int = 2_000_000  # activations each SAE sees
+    batch_size: int = 4096
+    buffer_tokens: int = 2**17
+    lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)  # the grid of every system
+    lr_tokens: int = 1_000_000  # a run of the search
+    lr: float = 4e-3  # where there is no search: the value the record's search chose most often
+    eval_tokens: int = 40_000  # held-out tokens for cross-entropy
+    ngram_tokens: int = 20_000_000  # figure 1: at most
+    ngrams: int = 20_000  # figures 2 and 3: at most so many bigrams
+    patch_rows: int = 64  # figure 5: held-out rows
+    patch_positions: int = 24  # figure 5: positions a row
+
+
+PROFILES = {
+    "record": Profile("record"),
+    "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, lrs=(2e-3, 8e-3), lr_tokens=100_000,
+                    eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16),
+    "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, batch_size=512, buffer_tokens=2_048, lrs=(4e-3,),
+                     lr_tokens=1_024, eval_tokens=1_024, ngram_tokens=50_000, ngrams=200, patch_rows=2, patch_positions=4),
+}
+PAPER_MODELS = ("gpt2", "openai-community/gpt2", "EleutherAI/pythia-1.4b")  # on these a claim can be reproduced
+
+# One look for each system in every figure: Okabe-Ito colours, told apart by marker too
+SYSTEMS = {
+    "topk": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
+    "topk+lookup": {"color": "#D55E00", "marker": "s", "linestyle": "-"},
+    "topk-size-matched": {"color": "#56B4E9", "marker": "^", "linestyle": "--"},
+    "topk-k+1": {"color": "#009E73", "marker": "v", "linestyle": "--"},
+    "topk+shuffled-lookup": {"color": "#CC79A7", "marker": "X", "linestyle": ":"},
+    "table-only": {"color": "#000000", "marker": "P", "linestyle": ":"},
+    "relu": {"color": "#56B4E9", "marker": "D", "linestyle": "-"},
+    "relu+lookup": {"color": "#E69F00", "marker": "d", "linestyle": "-"},
+    "topk+lookup (zero start)": {"color": "#E69F00", "marker": "D", "linestyle": "--"},
+    "untrained table": {"color": "#000000", "marker": "x", "linestyle": ":"},
+}
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One SAE to train: everything that decides its weights, so that it can be found again by its hash."""
+
+    system: str
+    d_sae: int
+    k: int
+    lr: float
+    table: str = ""  # "", unigram, zero or shuffled
+    activation: str = "topk"
+    l1_coefficient: float = 0.0
+    lr_lookup: float = 1e-2  # the authors' value for every table
+
+
+def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
+    """(mean, low, high) of paired differences, 95 % by Student's t; the interval is infinite for one seed."""
+    d = np.asarray(differences, float)
+    if len(d) < 2:
+        return float(d.mean()), -np.inf, np.inf
+    half = stats.t.ppf(0.975, len(d) - 1) * d.std(ddof=1) / np.sqrt(len(d))
+    return float(d.mean()), float(d.mean() - half), float(d.mean() + half)
+
+
+def bootstrap_interval(statistic, *columns: np.ndarray, n: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+    """(value, low, high) of `statistic(*columns)`, 95 % by resampling rows."""
+    rng = np.random.default_rng(seed)
+    columns = [np.asarray(c) for c in columns]
+    draws = [statistic(*(c[i] for c in columns)) for i in rng.integers(len(columns[0]), size=(n, len(columns[0])))]
+    return float(statistic(*columns)), *(float(q) for q in np.percentile(draws, [2.5, 97.5]))
+
+
+@contextmanager
+def lock(path: Path) -> Iterator[None]:
+    """Let one process at a time train the same SAEs; the others wait and then load them."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as handle:
+        fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+class Lab:
+    """The bench of one notebook. `Lab("fig6_pareto", "mini")` loads nothing until asked.
+
+    Environment: TSAE_MODEL and TSAE_CORPUS replace the profile's model and corpus, TSAE_FIGURES moves the output,
+    TSAE_CACHE the trained SAEs. Raises ValueError for an unknown profile, FileNotFoundError for a missing model.
+    """
+
+    def __init__(self, figure_id: str, profile: str) -> None:
+        if profile not in PROFILES:
+            raise ValueError(f"unknown profile {profile!r}: TSAE_PROFILE must be one of {', '.join(PROFILES)}")
+        own = {k: os.environ[v] for k, v in (("model", "TSAE_MODEL"), ("corpus", "TSAE_CORPUS")) if os.environ.get(v)}
+        self.id, self.p, self.started = figure_id, replace(PROFILES[profile], **own), time.time()
+        base = Path(os.environ.get("TSAE_FIGURES") or ROOT / "figures")
+        self.out = base / (profile if not own else f"{profile}-{Path(self.p.model).name}")
+        self.cache = testbed_corpus.cache_folder()
+        self.claims: dict[str, dict] = {}
+        torch.manual_seed(0)
+        plt.style.use(ROOT / "figures" / "tsae.mplstyle")
+        what = f"{figure_id}: profile {profile}, model {self.p.model}, corpus {self.p.corpus}"
+        print(f"{what}, {torch.get_num_threads()} threads")
+
+    # -- model and text --
+
+    @cached_property
+    def lm(self) -> tu.LanguageModel:
+        lm = tu.load_lm(ROOT / "testbed" / "model" if self.p.model == "testbed" else self.p.model)
+        if lm.bos_note:
+            print(lm.bos_note)
+        return lm
+
+    @cached_property
+    def model_name(self) -> str:
+        return "testbed" if self.p.model == "testbed" else Path(self.p.model).name
+
+    @cached_property
+    def context_size(self) -> int:
+        return min(self.p.context_size, getattr(self.lm.model.config, "max_position_embeddings", self.p.context_size))
+
+    @cached_property
+    def layer(self) -> int:
+        return int(self.p.depth * self.lm.n_layers + 1e-9)
+
+    @cached_property
+    def layers(self) -> list[int]:
+        """Early, middle and late."""
+        return sorted({int(d * self.lm.n_layers + 1e-9) for d in self.p.depths})
+
+    @staticmethod
+    def hook(layer: int) -> str:
+        return f"blocks.{layer}.hook_resid_pre"
+
+    @cached_property
+    def corpus_hash(self) -> str:
+        if self.p.corpus == "testbed":
+            manifest = testbed_corpus.load()[1]
+            if manifest["missing"]:
+                print(f"corpus without {', '.join(manifest['missing'])}: not installed here")
+            return manifest["hash"]
+        return hashlib.sha256(self.p.corpus.encode()).hexdigest()[:16]
+
+    def documents(self, split: str) -> Iterator[str]:
+        """Texts of one split: lm, sae, tune, heldout. Another corpus is split by the position of a document (sae 80 %,
+        tune 5 %, heldout 15 %) and has no lm split."""
+        if self.p.corpus == "testbed":
+            yield from (d.text for d in testbed_corpus.documents(split))
+            return
+        for i, text in enumerate(tu.read_documents(self.p.corpus)):
+            u = int.from_bytes(hashlib.sha256(str(i).encode()).digest()[:4], "big") / 2**32
+            if split == ("sae" if u < 0.8 else "tune" if u < 0.85 else "heldout"):
+                yield text
+
+    def rows(self, split: str, tokens: float) -> torch.Tensor:
+        """Token rows [R, L] of a split, at most `tokens` of them."""
+        return tu.token_rows(self.documents(split), self.lm, self.context_size, max(tokens, 2 * self.context_size))
+
+    @cached_property
+    def train_rows(self) -> torch.Tensor:
+        rows = self.rows("sae", 1.1 * self.p.tokens)
+        print(f"training rows: {rows.numel():,} tokens; a longer run repeats them in another order")
+        return rows
+
+    # -- SAEs --
+
+    @property
+    def d_sae(self) -> int:
+        return self.p.expansion * self.lm.d_model
+
+    def unigrams(self, layer: int) -> torch.Tensor:
+        """A([BOS, t])_1 of every token [V, D], cached on disk."""
+        path = self.cache / f"unigrams-{self.lm.fingerprint()}-{layer}.safetensors"
+        if not path.exists():
+            table = tu.unigram_activations(self.lm, self.hook(layer), progress=True)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            partial = path.with_suffix(f".{os.getpid()}.partial")
+            tu.save_file({"unigrams": table}, partial)
+            partial.replace(path)
+        return tu.load_file(path)["unigrams"].to(self.lm.device)
+
+    def _new_sae(self, arm: Arm, layer: int, seed: int) -> tu.TSAE:
+        cfg = tu.TSAEConfig(d_in=self.lm.d_model, d_sae=arm.d_sae, activation=arm.activation, k=arm.k, seed=seed,
+                            l1_coefficient=arm.l1_coefficient, model_name=self.model_name, hook_name=self.hook(layer),
+                            context_size=self.context_size)
+        if not arm.table:
+            return tu.TSAE(cfg).to(self.lm.device)
+        table = self.unigrams(layer)
+        if arm.table == "zero":
+            table = torch.zeros_like(table)
+        elif arm.table == "shuffled":  # the same rows, over the wrong tokens
+            table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).to(table.device)]
+        return tu.TSAE(cfg, tu.TokenLookup(table)).to(self.lm.device)
+
+    def train_or_load(self, arms: dict[str, Arm], layer: int, seed: int, tokens: int) -> dict[str, tu.TSAE]:
+        """Trained SAEs by name. What the cache lacks is trained in one pass of the language model, then saved.
+
+        Each SAE carries `record`: its dead fraction, seconds and the tokens it saw.
+        """
+        def folder(arm: Arm) -> Path:
+            key = [2, asdict(arm), layer, seed, tokens, self.p.batch_size, self.p.buffer_tokens, self.context_size,
+                   self.lm.fingerprint(), self.corpus_hash]
+            return self.cache / "saes" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+
+        with lock(self.cache / "saes" / f"{self.model_name}-{layer}-{seed}.lock"):
+            missing = {n: a for n, a in arms.items() if not folder(a).exists()}
+            if missing:
+                saes = {n: self._new_sae(a, layer, seed) for n, a in missing.items()}
+                window = min(tu.TrainConfig().dead_window, tokens // 4)
+                cfgs = {n: tu.TrainConfig(tokens=tokens, lr=a.lr, lr_lookup=a.lr_lookup, dead_window=window) for n, a in missing.items()}
+                stream = tu.ActivationStream(self.lm, self.train_rows, self.hook(layer), self.p.batch_size, self.p.buffer_tokens, seed)
+                history = {r["system"]: r for r in tu.train(saes, stream, cfgs)}
+                for name, sae in saes.items():
+                    tu.save(sae, folder(missing[name]), {"record": {**history[name], "dead_window": window, "arm": asdict(missing[name])}})
+        loaded = {}
+        for name, arm in arms.items():
+            loaded[name] = tu.load(folder(arm), self.lm.device)
+            loaded[name].record = tu.read_cfg(folder(arm))["metadata"]["tokenized"]["record"]
+        return loaded
+
+    def committed_saes(self) -> dict[str, tu.TSAE]:
+        """The trained pair of the repository; on a model other than the testbed a pair is trained instead."""
+        folders = {name: ROOT / "testbed" / "saes" / name for name in ("topk", "topk+lookup")}
+        if self.model_name == "testbed" and all(f.exists() for f in folders.values()):
+            return {name: tu.load(f, self.lm.device) for name, f in folders.items()}
+        print("no trained pair for this model in the repository: training one")
+        arms = {"topk": Arm("topk", self.d_sae, self.p.k, self.p.lr), "topk+lookup": Arm("topk+lookup", self.d_sae, self.p.k, self.p.lr, "unigram")}
+        return self.train_or_load(arms, self.layer, self.p.seeds[0], self.p.tokens)
+
+    # -- what a notebook leaves behind --
+
+    def _write(self, name: str, text: str) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        partial = self.out / f".{name}.{os.getpid()}.partial"
+        partial.write_text(text)
+        partial.replace(self.out / name)
+
+    def save_csv(self, table: pd.DataFrame, suffix: str = "") -> pd.DataFrame:
+        """Write <id><suffix>.csv and, beside the main one, <id>.json: what was run, on what."""
+        self._write(f"{self.id}{suffix}.csv", table.to_csv(index=False, float_format="%.6g"))
+        if not suffix:
+            meta = {"id": self.id, "profile": asdict(self.p), "model": self.model_name, "model_hash": self.lm.fingerprint(),
+                    "corpus_hash": self.corpus_hash, "torch": torch.__version__.split("+")[0], "device": str(self.lm.device),
+                    "machine": f"{platform.machine()}, {os.cpu_count()} cores", "seconds": round(time.time() - self.started)}
+            meta["profile"]["model"], meta["profile"]["corpus"] = self.model_name, Path(self.p.corpus).name
+            self._write(f"{self.id}.json", json.dumps(meta, indent=1) + "\n")
+        return self.read_csv(suffix)
+
+    def read_csv(self, suffix: str = "") -> pd.DataFrame:
+        """The table as saved: figures are drawn from this."""
+        path = self.out / f"{self.id}{suffix}.csv"
+        if not path.exists():
+            raise FileNotFoundError(f"{path.name} is not in {path.parent}: run this notebook once before redrawing")
+        return pd.read_csv(path)
+
+    def savefig(self, figure: plt.Figure) -> None:
+        """Write <id>.png and <id>.pdf."""
+        self.out.mkdir(parents=True, exist_ok=True)
+        for kind in ("png", "pdf"):
+            figure.savefig(self.out / f"{self.id}.{kind}", metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
+
+    def paper(self, figure: str) -> pd.DataFrame:
+        """The paper's values for one figure, from notebooks/paper_numbers.csv (provenance in its `source` column)."""
+        numbers = pd.read_csv(ROOT / "notebooks" / "paper_numbers.csv")
+        return numbers[numbers.figure == figure].apply(
+            lambda c: pd.to_numeric(c) if c.astype(str).str.fullmatch(r"-?[\d.]+").all() else c)
+
+    def declare(self, id: str, claim: str, source: str, rule: str, paper: str) -> None:
+        """State a claim and its decision rule. Called before the run."""
+        self.claims[id] = {"id": id, "claim": claim, "source": source, "rule": rule, "paper": paper}
+
+    def verdict(self, id: str, ours: str, holds: bool | None, n_seeds: int = 1, direction: bool = False) -> str:
+        """Judge a declared claim: `holds` by its rule, None where it could not be tested here.
+
+        `direction`: the rule fails but the sign is the paper's (told apart on the paper's own models only).
+        """
+        if self.p.model in PAPER_MODELS:
+            word = "reproduced" if holds else "direction only" if direction else "not reproduced"
+        else:
+            word = "effect present" if holds else "effect absent"
+        word = "not tested" if holds is None else word
+        self.claims[id] |= {"ours": ours, "n_seeds": n_seeds, "model": self.model_name, "verdict": word}
+        return word
+
+    def save_claims(self) -> pd.DataFrame:
+        """Write <id>_claims.csv. Raises RuntimeError for a claim that was declared and never judged."""
+        if open_ := [c for c, row in self.claims.items() if "verdict" not in row]:
+            raise RuntimeError(f"declared but not judged: {', '.join(open_)}")
+        columns = ["id", "claim", "source", "rule", "paper", "ours", "n_seeds", "model", "verdict"]
+        return self.save_csv(pd.DataFrame(self.claims.values())[columns], "_claims")
+
+
+def scorecard(claims: pd.DataFrame) -> str:
+    """The claims as the Markdown table that the README shows."""
+    lines = ["| claim | source | paper | ours | seeds | verdict |", "|---|---|---|---|---|---|"]
+    for row in claims.astype(str).to_dict("records"):
+        cells = [row["claim"], row["source"], row["paper"], row["ours"], row["n_seeds"], f"**{row['verdict']}**"]
+        lines.append("| " + " | ".join(c.replace("|", "/") for c in cells) + " |")
+    return "\n".join(lines)

@@ -1,0 +1,114 @@
+"""Run the notebooks from the command line: all, or some by number, with progress on the terminal.
+
+    python notebooks/run.py                      # profile mini; writes figures/mini/
+    python notebooks/run.py 06 --profile smoke   # one notebook
+    python notebooks/run.py --redraw             # figures again from the committed CSVs, seconds
+    python notebooks/run.py --record             # profile record; an executed copy replaces its notebook if it ended well
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+HERE = Path(__file__).resolve().parent
+REDRAW_TAGS = {"bootstrap", "parameters", "figure"}
+
+
+class Client(NotebookClient):
+    """Runs a notebook and shows its printed lines and progress bars while it does."""
+
+    def process_message(self, msg, cell, cell_index):
+        if msg["msg_type"] == "stream":
+            text = msg["content"]["text"].replace("\n", "\n    ")
+            sys.stderr.write(text)
+            sys.stderr.flush()
+        return super().process_message(msg, cell, cell_index)
+
+
+def chosen(numbers: list[str]) -> list[Path]:
+    """Notebooks by number ("06" or "6"), all where none is given. Raises SystemExit for an unknown number."""
+    every = sorted(HERE.glob("[0-9][0-9]_*.ipynb"))
+    found = []
+    for number in numbers:
+        match = [n for n in every if n.name.startswith(f"{int(number):02d}_")] if number.isdigit() else []
+        if not match:
+            raise SystemExit(f"no notebook number {number!r}: there are {', '.join(n.name[:2] for n in every)}")
+        found += match
+    return found or every
+
+
+def strip(notebook: nbformat.NotebookNode) -> None:
+    """Take out what belongs to the machine that ran it: its root and home folder, timings, widgets."""
+    notebook.metadata.pop("widgets", None)
+    places = {str(HERE.parent): "<repository>", str(Path.home()): "~", sys.prefix: "<environment>"}
+    for cell in notebook.cells:
+        cell.metadata.pop("execution", None)
+        for output in cell.get("outputs", []):
+            for holder in (output, output.get("data", {})):
+                for key, value in list(holder.items()):
+                    if isinstance(value, str) and not key.startswith("image/"):
+                        for place, name in sorted(places.items(), key=lambda p: -len(p[0])):
+                            value = value.replace(place, name)
+                        holder[key] = value
+
+
+def run(path: Path, redraw: bool, record: bool) -> float:
+    """Execute one notebook with its own folder as working directory; returns the seconds it took."""
+    notebook, started = nbformat.read(path, as_version=4), time.time()
+    if redraw:
+        notebook.cells = [c for c in notebook.cells if REDRAW_TAGS & set(c.metadata.get("tags", []))]
+    for cell in notebook.cells:
+        if cell.cell_type == "code":
+            cell.outputs, cell.execution_count = [], None
+    Client(notebook, timeout=None, kernel_name="python3", coalesce_streams=True, resources={"metadata": {"path": str(HERE)}},
+           extra_arguments=["--log-level=40"]).execute()  # below errors the kernel only notes that it uses TCP
+    if record and not redraw:
+        strip(notebook)
+        partial = path.with_suffix(".partial")
+        nbformat.write(notebook, partial)
+        partial.replace(path)
+    return time.time() - started
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", help="notebook numbers; all by default")
+    parser.add_argument("--profile", default=None, help="smoke, mini (default) or record")
+    parser.add_argument("--redraw", action="store_true", help="only draw, from the CSVs (default profile: record)")
+    parser.add_argument("--record", action="store_true", help="profile record, and keep the executed notebooks")
+    args = parser.parse_args()
+    default = "record" if args.redraw or args.record else os.environ.get("TSAE_PROFILE") or "mini"
+    os.environ["TSAE_PROFILE"] = args.profile or default
+    os.environ["TSAE_TEXT_PROGRESS"] = "1"
+    if args.record and any(os.environ.get(v) for v in ("TSAE_MODEL", "TSAE_CORPUS")):
+        raise SystemExit("--record is for the testbed: unset TSAE_MODEL and TSAE_CORPUS")
+    for name in ("TSAE_MODEL", "TSAE_CORPUS", "TSAE_FIGURES", "TSAE_CACHE"):  # relative to where the user typed them
+        value = os.environ.get(name)
+        if value and (name in ("TSAE_FIGURES", "TSAE_CACHE") or Path(value).exists()):
+            os.environ[name] = str(Path(value).resolve())
+    notebooks, failed, began = chosen(args.numbers), [], time.time()
+    if args.redraw:
+        notebooks = [n for n in notebooks if "fig.savefig" in n.read_text() or "lab.savefig" in n.read_text()]
+    for i, path in enumerate(notebooks, 1):
+        print(f"[{i}/{len(notebooks)}] {path.stem} ({os.environ['TSAE_PROFILE']})", flush=True)
+        try:
+            print(f"\n    done in {run(path, args.redraw, args.record):.0f} s", flush=True)
+        except CellExecutionError as error:
+            failed.append(path.stem)
+            print(f"\n    FAILED\n{re.sub(chr(27) + r'[^m]*m', '', str(error))}", file=sys.stderr, flush=True)
+    print(f"{len(notebooks) - len(failed)} of {len(notebooks)} notebooks in {time.time() - began:.0f} s")
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+if __name__ == "__main__":
+    main()

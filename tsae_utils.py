@@ -1,0 +1,780 @@
+"""Tokenized sparse autoencoders: from text to trained SAEs to measurements, in reading order.
+
+    lm = load_lm("testbed/model")                                   # 2  language model
+    rows = token_rows(read_documents("text.jsonl"), lm, 256)        # 2  tokens
+    stream = ActivationStream(lm, rows, "blocks.4.hook_resid_pre")  # 3  activations
+    table = TokenLookup(unigram_activations(lm, stream.hook_name))  # 4  lookup table
+    sae = TSAE(TSAEConfig(d_in=lm.d_model, d_sae=4096, k=16), table)  # 5  the SAE
+    train({"tsae": sae}, stream, TrainConfig(tokens=2_000_000))     # 6  training
+    print(Evaluator(lm, heldout_rows, stream.hook_name)(sae))       # 7  metrics
+    save(sae, "my_tsae"); load("my_tsae")                           # 8  save and load
+
+Paper: "Tokenized SAEs: Disentangling SAE Reconstructions", Dooms and Wilhelm, arXiv 2502.17332.
+Axes: R rows, L sequence, B batch (tokens), D d_in, F d_sae, V vocabulary, K active, N n-gram order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm.auto import tqdm
+
+# ---------------------------------------------------------------------------------------------
+# 1  Configuration
+# ---------------------------------------------------------------------------------------------
+
+ACTIVATIONS = ("topk", "relu")
+
+
+@dataclass(frozen=True)
+class TSAEConfig:
+    """What an SAE is. Raises ValueError with one sentence for settings that cannot work."""
+
+    d_in: int  # width of the residual stream
+    d_sae: int  # number of features; the paper: 16 x d_in (GPT-2), 8 x d_in (Pythia)
+    activation: str = "topk"  # topk or relu
+    k: int = 16  # active features a token (topk)
+    l1_coefficient: float = 0.0  # weight of sum_f a_f ||W_dec[f]||, on the loss of eq. 2 (relu)
+    encoder_scale: float = 1.0  # W_enc starts as this times W_dec^T; the authors' code: 1, with a table 0.5
+    seed: int = 0  # of the initialisation
+    model_name: str = ""
+    hook_name: str = ""
+    context_size: int = 0  # tokens a row, BOS included
+
+    def __post_init__(self) -> None:
+        if self.activation not in ACTIVATIONS:
+            raise ValueError(f"unknown activation {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
+        if self.d_in < 1 or self.d_sae < 0:
+            raise ValueError(f"d_in = {self.d_in} and d_sae = {self.d_sae} must be positive")
+        if self.activation == "topk" and not 0 <= self.k <= self.d_sae:
+            raise ValueError(f"k = {self.k} must lie between 0 and d_sae = {self.d_sae}: lower k or widen the SAE")
+        if self.l1_coefficient < 0:
+            raise ValueError(f"l1_coefficient = {self.l1_coefficient} must not be negative")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How an SAE is trained. Defaults are the testbed's; the paper's are given beside them."""
+
+    tokens: int = 2_000_000  # activations seen; the paper: about 300M (GPT-2), 131M (Pythia)
+    lr: float = 3e-3  # Adam, for encoder and decoder; the authors' code: 1e-4
+    lr_lookup: float = 1e-2  # Adam, for the table; the authors' code: 1e-2 (TopK only, 1e-4 elsewhere)
+    lr_end: float = 0.0  # cosine from lr to this share of it; the authors' code: 0.3
+    l1_warmup: float = 0.05  # share of the steps over which the L1 coefficient rises (relu)
+    dead_window: int = 500_000  # a feature is dead when it fired on none of the last so many tokens
+
+    def __post_init__(self) -> None:
+        if self.tokens < 1 or self.lr < 0 or self.lr_lookup < 0:
+            raise ValueError(f"tokens must be positive, learning rates not negative, not {self}")
+
+
+# ---------------------------------------------------------------------------------------------
+# 2  Language model and tokens
+# ---------------------------------------------------------------------------------------------
+
+
+class _Stop(Exception):  # ends a forward pass once the last wanted layer is read
+    pass
+
+
+def fast_bf16(device: torch.device) -> bool:
+    """Whether bf16 matrix products are the fast ones: any GPU, CPUs with the instructions."""
+    if device.type != "cpu":
+        return device.type == "cuda"
+    capabilities = torch.cpu.get_capabilities()
+    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+
+
+def parse_hook(hook_name: str, n_layers: int) -> int:
+    """Layer l of "blocks.l.hook_resid_pre" (0 <= l < n_layers); "hook_resid_post" of block l is l + 1.
+
+    Raises ValueError for any other hook name and for a layer the model does not have.
+    """
+    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
+    if match is None:
+        raise ValueError(f"unknown hook {hook_name!r}: expected blocks.<layer>.hook_resid_pre or .hook_resid_post")
+    if int(match[1]) >= n_layers:
+        raise ValueError(f"hook {hook_name!r} is out of range: the model has {n_layers} layers, 0 to {n_layers - 1}")
+    return int(match[1]) + (match[2] == "post")
+
+
+class LanguageModel:
+    """A causal language model of transformers, its tokenizer, and access to its residual stream.
+
+    The residual stream is TransformerLens's: for LayerNorm models the raw stream minus its mean over d_model
+    (`centred`; no LayerNorm sees that mean), for RMSNorm models the raw one.
+    """
+
+    def __init__(self, model: nn.Module, tokenizer, name: str, bf16: bool | None = None) -> None:
+        self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        self.device = next(model.parameters()).device
+        self.bf16 = fast_bf16(self.device) if bf16 is None else bf16  # for harvesting, never for cross-entropy
+        self.n_vocab, self.d_model = model.get_input_embeddings().weight.shape
+        self.n_layers = model.config.num_hidden_layers
+        lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]
+        self.blocks = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
+        self.centred = any(isinstance(m, nn.LayerNorm) for m in self.blocks.modules())
+        self.bos_id, self.bos_note = self._bos()
+        eos = tokenizer.eos_token_id
+        self.separator_id = self.bos_id if eos is None or eos >= self.n_vocab else eos
+
+    def _bos(self) -> tuple[int, str]:
+        for name, value in (("BOS", self.tokenizer.bos_token_id), ("EOS", self.tokenizer.eos_token_id)):
+            if value is None:
+                continue
+            if value >= self.n_vocab:
+                raise ValueError(f"{self.name}: the tokenizer's {name} id {value} lies beyond the model's embedding of "
+                                 f"{self.n_vocab} rows: mend tokenizer_config.json or resize the embedding")
+            return value, "" if name == "BOS" else f"{self.name} has no BOS token; EOS (id {value}) stands in for it"
+        return 0, f"{self.name} has neither BOS nor EOS; token 0 ({self.tokenizer.convert_ids_to_tokens(0)!r}) stands in"
+
+    def fingerprint(self) -> str:
+        """Hash of the embedding and of the last block's weights, for records."""
+        digest = hashlib.sha256()
+        for p in (self.model.get_input_embeddings().weight, *self.blocks[-1].parameters()):
+            digest.update(p.detach().float().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def _to_stream(self, raw: Tensor) -> Tensor:
+        raw = raw.float()
+        return raw - raw.mean(-1, keepdim=True) if self.centred else raw
+
+    def _hook(self, layer: int, read_or_replace) -> torch.utils.hooks.RemovableHandle:
+        """Register on the input of block `layer`, or on the output of the last block for layer n_layers."""
+
+        def before(module, args, kwargs):
+            if args:
+                new = read_or_replace(args[0])
+                return None if new is None else ((new, *args[1:]), kwargs)
+            new = read_or_replace(kwargs["hidden_states"])
+            return None if new is None else (args, {**kwargs, "hidden_states": new})
+
+        def after(module, args, output):
+            new = read_or_replace(output[0] if isinstance(output, tuple) else output)
+            return new if new is None or not isinstance(output, tuple) else (new, *output[1:])
+
+        if layer == self.n_layers:
+            return self.blocks[-1].register_forward_hook(after)
+        return self.blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
+
+    @torch.no_grad()
+    def activations(self, ids_RL: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
+        """Residual stream [R, L, D] in fp32 entering each of `layers`; the pass ends at the last of them."""
+        found, layers = {}, sorted(set(layers))
+
+        def read(layer):
+            def hook(raw):
+                found[layer] = self._to_stream(raw)
+                if layer == layers[-1]:
+                    raise _Stop
+
+            return hook
+
+        handles = [self._hook(layer, read(layer)) for layer in layers]
+        try:
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+                self.model.base_model(input_ids=ids_RL.to(self.device), use_cache=False)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return found
+
+    @torch.no_grad()
+    def losses(self, ids_RL: Tensor, layer: int = 0, x_RLD: Tensor | None = None, where_RL: Tensor | None = None) -> Tensor:
+        """Cross-entropy [R, L-1] in nats (fp32) of every next token.
+
+        With `x_RLD` the residual stream entering `layer` is replaced by it at positions `where_RL`; the mean that
+        centring took away is put back, so x equal to `activations` changes nothing.
+        """
+
+        def replace(raw):
+            mean = raw.mean(-1, keepdim=True) if self.centred else 0.0
+            return torch.where(where_RL.unsqueeze(-1), x_RLD + mean, raw)
+
+        handles = [] if x_RLD is None else [self._hook(layer, replace)]
+        ids_RL = ids_RL.to(self.device)
+        try:
+            logits = self.model(input_ids=ids_RL, use_cache=False).logits[:, :-1].float()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return F.cross_entropy(logits.transpose(1, 2), ids_RL[:, 1:], reduction="none")
+
+
+def load_lm(name_or_path: str | Path, device: str | None = None, bf16: bool | None = None) -> LanguageModel:
+    """Load a model of the hub or of a local Hugging Face folder, weights in fp32.
+
+    Raises FileNotFoundError where neither exists, ValueError where the BOS id lies outside the embedding.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    path = Path(name_or_path)
+    looks_local = path.is_absolute() or str(name_or_path).startswith((".", "~")) or len(path.parts) > 2
+    if looks_local and not (path / "config.json").is_file():
+        raise FileNotFoundError(f"no model at {path}: expected a Hugging Face folder with config.json")
+    device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
+        model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=torch.float32)
+    except OSError as error:
+        raise FileNotFoundError(f"could not load the model {str(name_or_path)!r}: it is neither a local folder with config, "
+                                f"tokenizer and weights nor a hub model that can be reached ({error})") from error
+    return LanguageModel(model.to(device), tokenizer, str(name_or_path), bf16)
+
+
+def read_documents(source: str | Path, text_column: str = "text") -> Iterator[str]:
+    """Documents of a local .txt (paragraphs), .jsonl or .parquet file, of a folder of them, or of a hub data set
+    ("name" or "name:configuration", streamed, split "train").
+
+    Raises FileNotFoundError or ValueError with what was expected.
+    """
+    from datasets import load_dataset
+
+    kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet"}
+    path = Path(source)
+    files = sorted(f for f in path.iterdir() if f.suffix in kinds) if path.is_dir() else [path] if path.is_file() else []
+    if path.is_dir() and not files:
+        raise ValueError(f"no text in {path}: expected .txt, .jsonl or .parquet files")
+    if files and (bad := [f.name for f in files if f.suffix not in kinds]):
+        raise ValueError(f"cannot read {bad[0]}: expected .txt, .jsonl or .parquet with a column {text_column!r}")
+    if not files and (path.is_absolute() or path.suffix in kinds or str(source).startswith((".", "~"))):
+        raise FileNotFoundError(f"no corpus at {path}: expected a .txt, .jsonl or .parquet file, a folder of them, or a hub id")
+    if files:
+        extra = {"sample_by": "paragraph"} if kinds[files[0].suffix] == "text" else {}
+        data = load_dataset(kinds[files[0].suffix], data_files=[str(f) for f in files], split="train", streaming=True, **extra)
+    else:
+        name, _, configuration = str(source).partition(":")
+        data = load_dataset(name, configuration or None, split="train", streaming=True)
+    for i, row in enumerate(data):
+        if not isinstance(row.get(text_column), str):
+            raise ValueError(f"{source}: document {i} has no text under {text_column!r}; its columns are {sorted(row)}")
+        if row[text_column].strip():
+            yield row[text_column]
+
+
+def token_rows(documents: Iterable[str], lm: LanguageModel, context_size: int, max_tokens: float = math.inf) -> Tensor:
+    """Token ids [R, L] int32: documents joined by the separator and cut to the context, BOS first in every row.
+
+    Built here and not by a tokenizer's own padding or BOS rules, which differ. At most `max_tokens` ids are kept (a
+    last, incomplete row is dropped). Raises ValueError where the documents do not fill one row.
+    """
+    if context_size < 2:
+        raise ValueError(f"context_size = {context_size} must be at least 2: BOS and one token")
+    flat: list[int] = []
+    documents = iter(documents)
+    while len(flat) < max_tokens and (chunk := list(islice(documents, 512))):
+        for ids in lm.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
+            flat += [*ids, lm.separator_id]
+    n = int(min(len(flat), max_tokens)) // (context_size - 1)
+    if n == 0:
+        raise ValueError(f"the corpus is empty or too small: {len(flat)} tokens do not fill one row of {context_size}")
+    ids = torch.tensor(flat[: n * (context_size - 1)], dtype=torch.int32).view(n, context_size - 1)
+    if int(ids.max()) >= lm.n_vocab:
+        raise ValueError(f"token id {int(ids.max())} lies beyond the embedding of {lm.n_vocab} rows: is this the model's tokenizer?")
+    return torch.cat([torch.full((n, 1), lm.bos_id, dtype=torch.int32), ids], dim=1)
+
+
+def keep_mask(rows_RL: Tensor, lm: LanguageModel, include_bos: bool = False) -> Tensor:
+    """Positions that count [R, L]: all but position 0 and separators; all of them where `include_bos` (the paper)."""
+    if include_bos:
+        return torch.ones_like(rows_RL, dtype=torch.bool)
+    keep = (rows_RL != lm.bos_id) & (rows_RL != lm.separator_id)
+    keep[:, 0] = False
+    return keep
+
+
+# ---------------------------------------------------------------------------------------------
+# 3  Activations
+# ---------------------------------------------------------------------------------------------
+
+
+class ActivationStream:
+    """Shuffled batches (x_BD fp32, tokens_BN int64) of one hook point, endlessly, in an order fixed by the seed.
+
+    Rows are visited in a new random order each epoch. A preallocated buffer is filled, shuffled and drained whole
+    (what does not make up a batch is dropped), so the state of the stream is the number of buffers drained.
+    tokens_BN holds the last N tokens up to and including the one the activation sits on (N = 1 in the paper).
+    """
+
+    def __init__(self, lm: LanguageModel, rows_RL: Tensor, hook_name: str, batch_size: int = 4096, buffer_tokens: int = 2**17,
+                 seed: int = 0, order: int = 1, include_bos: bool = False, harvest_rows: int = 32) -> None:
+        if batch_size > buffer_tokens:
+            raise ValueError(f"batch_size = {batch_size} must not exceed buffer_tokens = {buffer_tokens}")
+        self.lm, self.rows, self.hook_name, self.layer = lm, rows_RL, hook_name, parse_hook(hook_name, lm.n_layers)
+        self.batch_size, self.seed, self.order, self.include_bos = batch_size, seed, order, include_bos
+        self.harvest_rows, self.rows_per_buffer = harvest_rows, max(1, buffer_tokens // rows_RL.shape[1])
+        size = self.rows_per_buffer * rows_RL.shape[1]
+        self.x = torch.empty(size, lm.d_model, device=lm.device)
+        self.tokens = torch.empty(size, order, dtype=torch.int64, device=lm.device)
+        self.seconds = 0.0  # spent in the language model
+
+    def _row_order(self) -> Iterator[int]:
+        for epoch in range(2**31):
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+            yield from torch.randperm(len(self.rows), generator=generator).tolist()
+
+    def _fill(self, chosen: list[int]) -> int:
+        """Harvest these rows into the buffer; returns how many activations it now holds."""
+        n = 0
+        for i in range(0, len(chosen), self.harvest_rows):
+            ids = self.rows[chosen[i : i + self.harvest_rows]].long()
+            keep = keep_mask(ids, self.lm, self.include_bos)
+            x = self.lm.activations(ids, [self.layer])[self.layer][keep.to(self.lm.device)]
+            self.x[n : n + len(x)] = x
+            self.tokens[n : n + len(x)] = last_tokens(ids, self.order, self.lm.bos_id)[keep].to(self.lm.device)
+            n += len(x)
+        if not torch.isfinite(self.x[:n]).all():
+            raise ValueError(f"activations at {self.hook_name} contain NaN or infinity: check the model, or load it with bf16=False")
+        return n
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        order = self._row_order()
+        for buffer in range(2**31):
+            started = time.perf_counter()
+            n = self._fill(list(islice(order, self.rows_per_buffer)))
+            self.seconds += time.perf_counter() - started
+            if n < self.batch_size:
+                raise ValueError(f"a buffer of {n} activations does not fill one batch of {self.batch_size}: raise buffer_tokens")
+            generator = torch.Generator().manual_seed(2_000_003 * self.seed + buffer)
+            mixed = torch.randperm(n, generator=generator).to(self.lm.device)
+            for i in range(0, n - self.batch_size + 1, self.batch_size):
+                at = mixed[i : i + self.batch_size]
+                yield self.x[at], self.tokens[at]
+
+
+def last_tokens(ids_RL: Tensor, order: int, pad: int) -> Tensor:
+    """The last `order` tokens at each position [R, L, N], oldest first; `pad` before the row begins."""
+    padded = F.pad(ids_RL.long(), (order - 1, 0), value=pad)
+    return padded.unfold(1, order, 1)
+
+
+# ---------------------------------------------------------------------------------------------
+# 4  Lookup tables
+# ---------------------------------------------------------------------------------------------
+
+
+class TokenLookup(nn.Module):
+    """W_lookup [V, D]: its row t is added to the reconstruction of an activation that sits on token t (eq. 2).
+
+    The encoder neither sees nor subtracts it. Trained by default, with a learning rate of its own.
+    """
+
+    def __init__(self, W: Tensor, trainable: bool = True) -> None:
+        super().__init__()
+        if W.ndim != 2:
+            raise ValueError(f"a lookup table has shape [V, d_in], not {list(W.shape)}")
+        self.W = nn.Parameter(W.detach().float().clone(), requires_grad=trainable)
+
+    def forward(self, tokens_BN: Tensor) -> Tensor:
+        """Rows [B, D] of the last tokens. Raises ValueError for a token the table has no row for."""
+        current = tokens_BN[..., -1]
+        if current.numel() and int(current.max()) >= len(self.W):
+            raise ValueError(f"token {int(current.max())} has no row in a lookup table of {len(self.W)} rows: "
+                             "the table belongs to another vocabulary")
+        return F.embedding(current, self.W)
+
+
+def unigram_activations(lm: LanguageModel, hook_name: str, batch: int = 2048, progress: bool = False) -> Tensor:
+    """A([BOS, t])_1 for every vocabulary item [V, D]: where the paper's table starts."""
+    layer, found = parse_hook(hook_name, lm.n_layers), []
+    for t in tqdm(torch.arange(lm.n_vocab).split(batch), desc="unigram activations", disable=not progress):
+        prompts = torch.stack([torch.full_like(t, lm.bos_id), t], dim=1)
+        found.append(lm.activations(prompts, [layer])[layer][:, 1].cpu())
+    return torch.cat(found)
+
+
+# ---------------------------------------------------------------------------------------------
+# 5  The SAE
+# ---------------------------------------------------------------------------------------------
+
+
+def _transposed_bag(order: Tensor, offsets: Tensor, weights_BK: Tensor, x_BD: Tensor) -> Tensor:
+    """sum over (b, j) with index[b, j] = f of weights[b, j] x[b], for every f: [F, D]."""
+    return F.embedding_bag(order // weights_BK.shape[1], x_BD, offsets, mode="sum", per_sample_weights=weights_BK.flatten()[order])
+
+
+class _SparseTopK(torch.autograd.Function):
+    """(x_hat without table [B, D], values [B, K], index [B, K]) of a TopK SAE; W_enc_FD and W_dec_FD are row-major.
+
+    Only the pre-activations are dense. Values, decoder and both weight gradients touch the K active features:
+    with pairs (b, j) sorted by feature, a weight gradient is a bag sum over the rows of x or of the output gradient.
+    """
+
+    @staticmethod
+    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, k, bf16):
+        x_c = x - b_dec
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        pre = torch.addmm(b_enc.to(dtype), x_c.to(dtype), W_enc.to(dtype).T)
+        values, index = pre.topk(k, dim=-1, sorted=False)
+        values = values.float().relu_()  # SAELens: top k, then ReLU; the authors' code keeps negative ones
+        x_hat = F.embedding_bag(index, W_dec, mode="sum", per_sample_weights=values) + b_dec
+        ctx.save_for_backward(x_c, W_enc, W_dec, values, index)
+        ctx.mark_non_differentiable(index)
+        return x_hat, values, index
+
+    @staticmethod
+    def backward(ctx, g, g_values, _):
+        x_c, W_enc, W_dec, values, index = ctx.saved_tensors
+        with torch.enable_grad():  # embedding_bag's own gradient for the weights of its sum: g . W_dec[index]
+            v = values.detach().requires_grad_()
+            out = F.embedding_bag(index, W_dec.detach(), mode="sum", per_sample_weights=v)
+        d_values = (torch.autograd.grad(out, v, g)[0] + g_values) * (values > 0)
+        feature, order = index.flatten().sort(stable=True)
+        offsets = torch.searchsorted(feature, torch.arange(len(W_enc), device=feature.device))
+        d_W_enc = _transposed_bag(order, offsets, d_values, x_c)
+        d_W_dec = _transposed_bag(order, offsets, values, g)
+        d_b_enc = torch.zeros(len(W_enc), device=g.device).index_add_(0, index.flatten(), d_values.flatten())
+        d_b_dec = g.sum(0) - d_b_enc @ W_enc
+        d_x = F.embedding_bag(index, W_enc, mode="sum", per_sample_weights=d_values) if ctx.needs_input_grad[0] else None
+        return d_x, d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None
+
+
+class TSAEOutput(NamedTuple):
+    """x_hat [B, D] with the table's row; active features as (values [B, K], index [B, K]), zeros are inactive."""
+
+    x_hat: Tensor
+    values: Tensor
+    index: Tensor
+
+
+class TSAE(nn.Module):
+    """Tokenized SAE (eq. 1 and 2); without a table the same class is the baseline.
+
+        f(a_t)  = TopK or ReLU (W_enc (a_t - b_dec) + b_enc)
+        a_hat_t = W_dec f(a_t) + b_dec + W_lookup[t]
+
+    Encoder and decoder are stored with a feature a row; `W_enc` [d_in, d_sae] shows the usual view.
+    Decoder rows start with unit norm (random directions) and are free afterwards; W_enc starts as
+    encoder_scale * W_dec^T. b_dec starts at zero; `train` moves it to the mean of what is left for the SAE.
+    """
+
+    def __init__(self, cfg: TSAEConfig, lookup: TokenLookup | None = None) -> None:
+        super().__init__()
+        if lookup is not None and lookup.W.shape[1] != cfg.d_in:
+            raise ValueError(f"the lookup table's rows have {lookup.W.shape[1]} entries, the SAE's d_in is {cfg.d_in}")
+        self.cfg, self.lookup = cfg, lookup
+        generator = torch.Generator().manual_seed(cfg.seed)
+        W_dec = F.normalize(torch.randn(cfg.d_sae, cfg.d_in, generator=generator), dim=-1)
+        self.W_dec = nn.Parameter(W_dec)  # [d_sae, d_in]
+        self.W_enc_FD = nn.Parameter(cfg.encoder_scale * W_dec)
+        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
+        self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
+        self.register_buffer("tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64), persistent=False)
+        self.bf16 = False  # bf16 for the encoder's product; `train` turns it on where it is fast
+
+    @property
+    def W_enc(self) -> Tensor:
+        """[d_in, d_sae], a view."""
+        return self.W_enc_FD.T
+
+    def pre_activations(self, x_BD: Tensor) -> Tensor:
+        """W_enc (x - b_dec) + b_enc for every feature [B, F], in fp32."""
+        return F.linear(x_BD - self.b_dec, self.W_enc_FD, self.b_enc)
+
+    def encode(self, x_BD: Tensor) -> Tensor:
+        """Feature activations [B, F], dense."""
+        pre = self.pre_activations(x_BD)
+        if self.cfg.activation == "relu":
+            return pre.relu()
+        values, index = pre.topk(self.cfg.k, dim=-1)
+        return torch.zeros_like(pre).scatter_(-1, index, values.relu())
+
+    def decode(self, acts_BF: Tensor, tokens_BN: Tensor) -> Tensor:
+        """Reconstruction [B, D] of dense activations, the tokens' rows included."""
+        return self._add_rows(acts_BF @ self.W_dec + self.b_dec, tokens_BN)
+
+    def _add_rows(self, x_hat_BD: Tensor, tokens_BN: Tensor) -> Tensor:
+        return x_hat_BD if self.lookup is None else x_hat_BD + self.lookup(tokens_BN)
+
+    def forward(self, x_BD: Tensor, tokens_BN: Tensor) -> TSAEOutput:
+        """Reconstruct activations x_BD that sit on tokens_BN (last column: the current token)."""
+        if self.cfg.activation == "relu":
+            with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.bf16):
+                acts = F.linear(x_BD - self.b_dec, self.W_enc_FD, self.b_enc).relu()
+                x_hat = acts @ self.W_dec
+            index = torch.arange(self.cfg.d_sae, device=x_BD.device).expand(len(x_BD), -1)
+            return TSAEOutput(self._add_rows(x_hat.float() + self.b_dec, tokens_BN), acts.float(), index)
+        if self.cfg.k == 0:  # the table alone
+            none = x_BD.new_zeros(len(x_BD), 0)
+            return TSAEOutput(self._add_rows(self.b_dec.expand_as(x_BD), tokens_BN), none, none.long())
+        x_hat, values, index = _SparseTopK.apply(x_BD, self.W_enc_FD, self.b_enc, self.W_dec, self.b_dec, self.cfg.k, self.bf16)
+        return TSAEOutput(self._add_rows(x_hat, tokens_BN), values, index)
+
+    @torch.no_grad()
+    def count_firing_(self, out: TSAEOutput) -> None:
+        """Update tokens_since_fired [F], counted in tokens."""
+        self.tokens_since_fired += len(out.values)
+        if self.cfg.activation == "relu":
+            self.tokens_since_fired[(out.values > 0).any(0)] = 0
+        else:
+            self.tokens_since_fired[out.index[out.values > 0]] = 0
+
+    def dead_fraction(self, window: int) -> float:
+        """Share of features that fired on none of the last `window` training tokens."""
+        return (self.tokens_since_fired >= window).float().mean().item() if self.cfg.d_sae else 0.0
+
+
+# ---------------------------------------------------------------------------------------------
+# 6  Training
+# ---------------------------------------------------------------------------------------------
+
+
+def loss_terms(sae: TSAE, x_BD: Tensor, out: TSAEOutput) -> tuple[Tensor, Tensor]:
+    """(squared error summed over d, mean over the batch; L1 of activations times decoder norms, 0 for TopK)."""
+    mse = (x_BD - out.x_hat).square().sum(-1).mean()
+    if sae.cfg.activation != "relu":
+        return mse, mse.new_zeros(())
+    return mse, (out.values @ sae.W_dec.norm(dim=-1)).mean()
+
+
+def optimiser_for(sae: TSAE, cfg: TrainConfig) -> torch.optim.Adam:
+    """Adam (0.9, 0.999) in two groups: the SAE at `lr`, the table at `lr_lookup`."""
+    groups = [{"params": [sae.W_enc_FD, sae.b_enc, sae.W_dec, sae.b_dec], "lr": cfg.lr, "base_lr": cfg.lr}]
+    if sae.lookup is not None and sae.lookup.W.requires_grad:
+        groups.append({"params": [sae.lookup.W], "lr": cfg.lr_lookup, "base_lr": cfg.lr_lookup})
+    return torch.optim.Adam(groups, fused=sae.W_dec.device.type != "mps")
+
+
+def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig | Mapping[str, TrainConfig], *,
+          log_every: int = 20, progress: bool = True) -> list[dict]:
+    """Train every SAE in place on the same batches; the language model runs once for all of them.
+
+    `cfg` is one TrainConfig or one for each name (equal `tokens`). Returns the history: a row for each SAE every
+    `log_every` steps and at the last (`system, step, tokens, loss, nmse, l0, dead_fraction, seconds`), seconds being
+    the time spent on that SAE alone. Raises FloatingPointError naming the SAE whose loss is not finite.
+    """
+    cfgs = {name: cfg if isinstance(cfg, TrainConfig) else cfg[name] for name in saes}
+    if len({c.tokens for c in cfgs.values()}) > 1:
+        raise ValueError("SAEs trained together see the same tokens: give them the same `tokens`")
+    steps = max(1, next(iter(cfgs.values())).tokens // stream.batch_size)
+    opts = {name: optimiser_for(sae, cfgs[name]) for name, sae in saes.items()}
+    seconds, history = dict.fromkeys(saes, 0.0), []
+    bar = tqdm(total=steps * stream.batch_size, desc=f"training {len(saes)} SAEs", unit="tok", unit_scale=True, disable=not progress)
+    for step, (x, tokens) in enumerate(islice(stream, steps)):
+        log = step % log_every == 0 or step == steps - 1
+        for name, sae in saes.items():
+            started = time.perf_counter()
+            if step == 0:
+                _start_(sae, x, tokens)
+            row = _step_(sae, opts[name], cfgs[name], x, tokens, step / steps, log)
+            seconds[name] += time.perf_counter() - started
+            if log:
+                if not math.isfinite(row["loss"]):
+                    raise FloatingPointError(f"the loss of {name!r} is {row['loss']} at step {step}: lower its learning rate")
+                seen = (step + 1) * stream.batch_size
+                history.append({"system": name, "step": step, "tokens": seen, **row, "seconds": seconds[name]})
+        bar.update(stream.batch_size)
+    bar.close()
+    for sae in saes.values():
+        sae.bf16 = False
+    return history
+
+
+@torch.no_grad()
+def _start_(sae: TSAE, x: Tensor, tokens: Tensor) -> None:
+    """b_dec starts at the mean of what the table leaves (not stated in the paper; the same rule for every system)."""
+    sae.b_dec.copy_((x if sae.lookup is None else x - sae.lookup(tokens)).mean(0))
+    sae.bf16 = fast_bf16(x.device)
+
+
+def _step_(sae: TSAE, opt: torch.optim.Adam, cfg: TrainConfig, x: Tensor, tokens: Tensor, done: float, log: bool) -> dict:
+    """One optimiser step; `done` is the share of the steps already taken."""
+    for group in opt.param_groups:
+        group["lr"] = group["base_lr"] * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
+    out = sae(x, tokens)
+    mse, l1 = loss_terms(sae, x, out)
+    loss = mse + sae.cfg.l1_coefficient * min(1.0, done / cfg.l1_warmup if cfg.l1_warmup else 1.0) * l1
+    opt.zero_grad()
+    loss.backward()
+    opt.step()
+    sae.count_firing_(out)
+    if not log:
+        return {}
+    with torch.no_grad():
+        nmse = ((x - out.x_hat).square().sum(-1) / x.square().sum(-1)).mean().item()
+        l0 = (out.values > 0).float().sum(-1).mean().item()
+    return {"loss": loss.item(), "nmse": nmse, "l0": l0, "dead_fraction": sae.dead_fraction(cfg.dead_window)}
+
+
+# ---------------------------------------------------------------------------------------------
+# 7  Metrics
+# ---------------------------------------------------------------------------------------------
+
+
+class ReconstructionError(NamedTuple):
+    nmse: float  # mean over tokens of ||x - x_hat||^2 / ||x||^2, uncentred (the authors' code)
+    nmse_unsquared: float  # mean over tokens of ||x - x_hat|| / ||x|| (the manuscript's formula)
+    fvu: float  # sum ||x - x_hat||^2 / sum ||x - mean(x)||^2
+
+
+def reconstruction_error(x_BD: Tensor, x_hat_BD: Tensor) -> ReconstructionError:
+    """The three errors of a reconstruction, as numbers without unit (0 is perfect)."""
+    error, norm = (x_BD - x_hat_BD).square().sum(-1), x_BD.square().sum(-1)
+    variance = (x_BD - x_BD.mean(0)).square().sum()
+    return ReconstructionError((error / norm).mean().item(), (error / norm).sqrt().mean().item(), (error.sum() / variance).item())
+
+
+class Evaluator:
+    """Measures SAEs on held-out rows: `Evaluator(lm, rows, hook_name)(sae)` returns a dict of metrics.
+
+    nmse, nmse_unsquared, fvu: see ReconstructionError. l0: active features a token; vectors_per_token: decoder
+    vectors summed a token, the table's row included. ce_clean, ce_patched: cross-entropy in nats, without and with
+    the reconstruction in place. ce_added = (ce_patched - ce_clean) / ce_clean (eq. 3).
+    ce_recovered = 1 - (ce_patched - ce_clean) / (ce_zero - ce_clean), ce_zero with zeros in its place.
+
+    Left out unless `include_bos` (the paper): position 0, separators, the prediction made at BOS; BOS is never
+    patched. Activations and reconstructions are fp32 here, whatever they were in training.
+    """
+
+    def __init__(self, lm: LanguageModel, rows_RL: Tensor, hook_name: str, include_bos: bool = False, batch_rows: int = 16) -> None:
+        self.lm, self.rows, self.layer = lm, rows_RL.long(), parse_hook(hook_name, lm.n_layers)
+        self.keep = keep_mask(self.rows, lm, include_bos)
+        is_text = (self.rows != lm.separator_id) & (self.rows != lm.bos_id)
+        self.predicted = self.keep[:, :-1] & (is_text[:, 1:] if not include_bos else True)
+        bf16, lm.bf16 = lm.bf16, False
+        self.batches = list(torch.arange(len(self.rows)).split(batch_rows))
+        self.x = torch.cat([lm.activations(self.rows[b], [self.layer])[self.layer] for b in self.batches])
+        lm.bf16 = bf16
+        self.ce_clean = self._cross_entropy(None)
+        self.ce_zero = self._cross_entropy(torch.zeros_like(self.x))
+
+    @property
+    def x_BD(self) -> Tensor:
+        """The activations that count [B, D]."""
+        return self.x[self.keep.to(self.x.device)]
+
+    @property
+    def tokens_BN(self) -> Tensor:
+        """The tokens they sit on [B, 1]."""
+        return self.rows[self.keep].unsqueeze(-1).to(self.x.device)
+
+    def _cross_entropy(self, x_hat_RLD: Tensor | None) -> float:
+        losses, where = [], self.keep.to(self.x.device)
+        for b in self.batches:
+            x_hat = None if x_hat_RLD is None else x_hat_RLD[b]
+            losses.append(self.lm.losses(self.rows[b], self.layer, x_hat, where[b]))
+        return torch.cat(losses)[self.predicted.to(self.x.device)].mean().item()
+
+    @torch.no_grad()
+    def __call__(self, sae: TSAE) -> dict[str, float]:
+        x_BD, tokens_BN, where = self.x_BD, self.tokens_BN, self.keep.to(self.x.device)
+        parts, active = [], 0
+        for x, t in zip(x_BD.split(4096), tokens_BN.split(4096), strict=True):
+            out = sae(x, t)
+            parts.append(out.x_hat)
+            active += int((out.values > 0).sum())
+        x_hat_BD, x_hat = torch.cat(parts), self.x.clone()
+        x_hat[where] = x_hat_BD
+        ce_patched, l0 = self._cross_entropy(x_hat), active / len(x_BD)
+        return {
+            "l0": l0, "vectors_per_token": l0 + (sae.lookup is not None), **reconstruction_error(x_BD, x_hat_BD)._asdict(),
+            "ce_clean": self.ce_clean, "ce_patched": ce_patched, "ce_added": (ce_patched - self.ce_clean) / self.ce_clean,
+            "ce_recovered": 1 - (ce_patched - self.ce_clean) / (self.ce_zero - self.ce_clean),
+        }
+
+
+# ---------------------------------------------------------------------------------------------
+# 8  Save and load
+# ---------------------------------------------------------------------------------------------
+
+WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")  # all a SAELens file may hold; the table has a file of its own
+
+
+def save(sae: TSAE, folder: str | Path, metadata: Mapping | None = None, dtype: torch.dtype = torch.float32) -> Path:
+    """Write `cfg.json`, `sae_weights.safetensors` (SAELens layout) and `token_lookup.safetensors` into `folder`.
+
+    The folder appears whole or not at all; one of the same name is replaced. `metadata` must be JSON.
+    """
+    folder = Path(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    cfg = {
+        "architecture": {"topk": "topk", "relu": "standard"}[sae.cfg.activation], "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae,
+        "dtype": str(dtype).removeprefix("torch."), "device": "cpu", "apply_b_dec_to_input": True,
+        "normalize_activations": "none", "reshape_activations": "none",
+        **({"k": sae.cfg.k, "rescale_acts_by_decoder_norm": False} if sae.cfg.activation == "topk" else {}),
+        "metadata": {
+            "model_name": sae.cfg.model_name, "hook_name": sae.cfg.hook_name, "context_size": sae.cfg.context_size,
+            "prepend_bos": True, "sae_lens_version": "6.54.12",  # the layout's version: without it files are read as pre-6
+            "tokenized": {"lookup": sae.lookup is not None, "config": asdict(sae.cfg), **(metadata or {})},
+        },
+    }
+    (partial / "cfg.json").write_text(json.dumps(cfg, indent=1))
+    save_file({n: getattr(sae, n).detach().to("cpu", dtype).contiguous() for n in WEIGHTS}, partial / "sae_weights.safetensors")
+    if sae.lookup is not None:
+        save_file({"W_lookup": sae.lookup.W.detach().to("cpu", dtype).contiguous()}, partial / "token_lookup.safetensors")
+    if folder.exists():
+        shutil.rmtree(folder)
+    partial.replace(folder)
+    return folder
+
+
+def _tensors(path: Path) -> dict[str, Tensor]:
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected a folder written by tsae_utils.save or in SAELens layout")
+    try:
+        return load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged or not a safetensors file ({error}): fetch or train it again") from error
+
+
+def read_cfg(folder: str | Path) -> dict:
+    """cfg.json of a saved SAE. Raises FileNotFoundError or ValueError with what is wrong."""
+    path = Path(folder) / "cfg.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: expected a folder written by tsae_utils.save or in SAELens layout")
+    try:
+        cfg = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    missing = [k for k in ("architecture", "d_in", "d_sae") if k not in cfg] + (
+        ["k"] if cfg.get("architecture") == "topk" and "k" not in cfg else [])
+    if missing:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: expected the SAELens layout")
+    return cfg
+
+
+def load(folder: str | Path, device: str | torch.device = "cpu") -> TSAE:
+    """Load a saved SAE or TSAE, weights as fp32. Raises FileNotFoundError or ValueError with what is wrong."""
+    folder, raw = Path(folder), read_cfg(folder)
+    activation = {"topk": "topk", "standard": "relu"}.get(raw["architecture"])
+    if activation is None:
+        raise ValueError(f"{folder}/cfg.json: architecture {raw['architecture']!r} is not one of topk, standard")
+    meta = raw.get("metadata", {})
+    tokenized = meta.get("tokenized", {})
+    own = {k: v for k, v in tokenized.get("config", {}).items() if k in ("l1_coefficient", "encoder_scale", "seed")}
+    cfg = TSAEConfig(d_in=raw["d_in"], d_sae=raw["d_sae"], activation=activation, k=raw.get("k", 0), **own,
+                     **{k: meta[k] for k in ("model_name", "hook_name", "context_size") if k in meta})
+    weights = _tensors(folder / "sae_weights.safetensors")
+    shapes = {"W_enc": (cfg.d_in, cfg.d_sae), "b_enc": (cfg.d_sae,), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
+    for name, shape in shapes.items():
+        if name not in weights or tuple(weights[name].shape) != shape:
+            found = list(weights[name].shape) if name in weights else "nothing"
+            raise ValueError(f"{folder}/sae_weights.safetensors: {name} should be {list(shape)}, found {found}")
+    has_table = tokenized.get("lookup", (folder / "token_lookup.safetensors").exists())
+    lookup = TokenLookup(_tensors(folder / "token_lookup.safetensors")["W_lookup"]) if has_table else None
+    sae = TSAE(cfg, lookup)
+    with torch.no_grad():
+        sae.W_enc_FD.copy_(weights["W_enc"].T)
+        for name in ("b_enc", "W_dec", "b_dec"):
+            getattr(sae, name).copy_(weights[name])
+    return sae.to(device)
