@@ -247,6 +247,7 @@ def read_documents(source: str | Path, text_column: str = "text") -> Iterator[st
     Raises FileNotFoundError or ValueError with what was expected.
     """
     from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
 
     kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet"}
     path = Path(source)
@@ -257,17 +258,27 @@ def read_documents(source: str | Path, text_column: str = "text") -> Iterator[st
         raise ValueError(f"cannot read {bad[0]}: expected .txt, .jsonl or .parquet with a column {text_column!r}")
     if not files and (path.is_absolute() or path.suffix in kinds or str(source).startswith((".", "~"))):
         raise FileNotFoundError(f"no corpus at {path}: expected a .txt, .jsonl or .parquet file, a folder of them, or a hub id")
+    name, _, configuration = str(source).partition(":")
+    kind, options = name, {"name": configuration or None}
     if files:
-        extra = {"sample_by": "paragraph"} if kinds[files[0].suffix] == "text" else {}
-        data = load_dataset(kinds[files[0].suffix], data_files=[str(f) for f in files], split="train", streaming=True, **extra)
-    else:
-        name, _, configuration = str(source).partition(":")
-        data = load_dataset(name, configuration or None, split="train", streaming=True)
-    for i, row in enumerate(data):
-        if not isinstance(row.get(text_column), str):
-            raise ValueError(f"{source}: document {i} has no text under {text_column!r}; its columns are {sorted(row)}")
-        if row[text_column].strip():
-            yield row[text_column]
+        kind, options = kinds[files[0].suffix], {"data_files": [str(f) for f in files]}
+    if kind == "text":
+        options["sample_by"] = "paragraph"
+    try:
+        for i, row in enumerate(load_dataset(kind, split="train", streaming=True, **options)):
+            if not isinstance(row.get(text_column), str):
+                raise KeyError(f"document {i} has no text under {text_column!r}; its columns are {sorted(row)}")
+            if row[text_column].strip():
+                yield row[text_column]
+    except StopIteration:  # datasets' answer to an empty JSON file
+        return
+    except KeyError as error:
+        raise ValueError(f"{source}: {error.args[0]}") from None
+    except (ValueError, DatasetGenerationError) as error:
+        raise ValueError(f"cannot read {source}: expected .txt, .jsonl or .parquet with a column {text_column!r} ({error})") from error
+    except OSError as error:
+        raise FileNotFoundError(f"the data set {str(source)!r} is neither a local file nor one the hub gave: check the name and the "
+                                f"network, or give a local copy ({error})") from error
 
 
 def token_rows(documents: Iterable[str], lm: LanguageModel, context_size: int, max_tokens: float = math.inf) -> Tensor:

@@ -269,7 +269,8 @@ class Lab:
                 stream = tu.ActivationStream(self.lm, self.train_rows, self.hook(layer), self.p.batch_size, self.p.buffer_tokens, seed)
                 history = {r["system"]: r for r in tu.train(saes, stream, cfgs)}
                 for name, sae in saes.items():
-                    tu.save(sae, folder(missing[name]), {"record": {**history[name], "dead_window": window, "arm": asdict(missing[name])}})
+                    record = {**history[name], "dead_window": window, "arm": asdict(missing[name])}
+                    tu.save(sae, folder(missing[name]), {"record": record})
         loaded = {}
         for name, arm in arms.items():
             loaded[name] = tu.load(folder(arm), self.lm.device)

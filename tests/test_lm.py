@@ -1,0 +1,130 @@
+"""Language model, tokens and activations, against TransformerLens and by hand."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from transformer_lens.model_bridge import TransformerBridge
+
+import tsae_utils as tu
+from conftest import VOCAB, save_model
+
+
+def test_activations_equal_transformer_lens(any_folder):
+    """LayerNorm models: the centred stream of compatibility mode. RMSNorm models: the raw one. fp32, every layer."""
+    lm = tu.load_lm(any_folder, device="cpu", bf16=False)
+    bridge = TransformerBridge.boot_transformers(str(any_folder), device="cpu")
+    ids = torch.randint(2, VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
+    assert lm.centred == (any_folder.name != "llama")
+    if lm.centred:
+        bridge.enable_compatibility_mode()
+    ours = lm.activations(ids, range(lm.n_layers + 1))
+    for layer in range(lm.n_layers):
+        name = f"blocks.{layer}.hook_resid_pre"
+        with torch.no_grad():
+            _, cache = bridge.run_with_cache(ids, names_filter=name, stop_at_layer=layer + 1)
+        scale = cache[name].abs().max()
+        assert (ours[layer] - cache[name]).abs().max() < 1e-4 * scale, name
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(ids, names_filter="blocks.2.hook_resid_post")
+    assert (ours[3] - cache["blocks.2.hook_resid_post"]).abs().max() < 1e-4 * ours[3].abs().max()
+
+
+def test_bf16_activations_are_close(any_folder):
+    exact, fast = (tu.load_lm(any_folder, device="cpu", bf16=b) for b in (False, True))
+    ids = torch.randint(2, VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
+    a, b = exact.activations(ids, [2])[2], fast.activations(ids, [2])[2]
+    assert b.dtype == torch.float32
+    assert 0 < (a - b).norm() / a.norm() < 0.02
+
+
+def test_the_pass_stops_at_the_hook(lm):
+    calls = []
+    handle = lm.blocks[2].register_forward_hook(lambda *a: calls.append(1))
+    lm.activations(torch.randint(2, VOCAB, (1, 5)), [1, 2])
+    assert not calls
+    lm.activations(torch.randint(2, VOCAB, (1, 5)), [3])
+    handle.remove()
+    assert calls == [1]
+
+
+def test_replacing_the_stream_by_itself_changes_nothing(any_folder):
+    lm = tu.load_lm(any_folder, device="cpu", bf16=False)
+    ids = torch.randint(2, VOCAB, (2, 10))
+    everywhere = torch.ones_like(ids, dtype=torch.bool)
+    clean = lm.losses(ids)
+    for layer in range(lm.n_layers + 1):
+        x = lm.activations(ids, [layer])[layer]
+        assert torch.allclose(lm.losses(ids, layer, x, everywhere), clean, atol=1e-3), layer
+        assert not torch.allclose(lm.losses(ids, layer, 0 * x, everywhere), clean, atol=1e-2), layer
+
+
+def test_patching_at_a_position_leaves_earlier_predictions(lm):
+    ids = torch.randint(2, VOCAB, (1, 10))
+    where = torch.zeros_like(ids, dtype=torch.bool)
+    where[0, 6] = True
+    changed = (lm.losses(ids, 1, torch.zeros(1, 10, 32), where) - lm.losses(ids)).abs()[0] > 1e-5
+    assert not changed[:6].any() and changed[6]
+
+
+def test_token_rows(lm):
+    rows = tu.token_rows(["w2 w3 w4", "w5", "w6 w7 w8 w9"], lm, 4)
+    assert rows.tolist() == [[0, 2, 3, 4], [0, 1, 5, 1], [0, 6, 7, 8]], "BOS first, documents joined by EOS, the rest dropped"
+    assert tu.keep_mask(rows, lm).tolist() == [[False, True, True, True], [False, False, True, False], [False, True, True, True]]
+    assert tu.keep_mask(rows, lm, include_bos=True).all()
+
+
+@pytest.mark.parametrize(("special", "bos", "separator"), [
+    ({"bos_token": "<s>", "eos_token": "</s>", "padding_side": "left", "pad_token": "</s>"}, 0, 1),
+    ({"eos_token": "</s>"}, 1, 1),
+    ({}, 0, 0),
+], ids=["pads left", "no BOS", "neither"])
+def test_rows_do_not_depend_on_the_tokenizers_habits(tmp_path, special, bos, separator):
+    lm = tu.load_lm(save_model(tmp_path / "m"), device="cpu")
+    from conftest import word_tokenizer
+
+    lm = tu.LanguageModel(lm.model, word_tokenizer(**special), "m")
+    rows = tu.token_rows(["w2 w3", "w4 w5 w6"], lm, 4)
+    assert rows.tolist() == [[bos, 2, 3, separator], [bos, 4, 5, 6]]
+    assert bool(lm.bos_note) == ("bos_token" not in special), "a substitute is named"
+
+
+def test_last_tokens():
+    ids = torch.tensor([[9, 2, 3, 4]])
+    assert tu.last_tokens(ids, 1, 0).tolist() == [[[9], [2], [3], [4]]]
+    assert tu.last_tokens(ids, 3, 0).tolist() == [[[0, 0, 9], [0, 9, 2], [9, 2, 3], [2, 3, 4]]]
+
+
+def test_stream_keeps_activations_with_their_tokens(lm, rows):
+    """Layer 0 of a model without context: the activation follows from token and position, so shuffling must not part them."""
+    stream = tu.ActivationStream(lm, rows, "blocks.0.hook_resid_pre", batch_size=64, buffer_tokens=512, order=2)
+    E, P = lm.model.transformer.wte.weight, lm.model.transformer.wpe.weight
+    states = E[:, None] + P[None, :16]
+    states = states - states.mean(-1, keepdim=True)  # [V, L, D]
+    for _, (x, tokens) in zip(range(20), stream, strict=False):
+        distance = (states[tokens[:, -1]] - x[:, None]).abs().amax(-1).amin(-1)
+        assert distance.max() < 1e-4
+        assert (tokens[:, -1] > 1).all(), "neither BOS nor separators"
+
+
+def test_stream_is_fixed_by_its_seed_and_covers_the_rows(lm, rows):
+    def first(seed):
+        return [t for _, (_, t) in zip(range(30), tu.ActivationStream(lm, rows, "blocks.1.hook_resid_pre", 32, 256, seed), strict=False)]
+
+    assert all(torch.equal(a, b) for a, b in zip(first(0), first(0), strict=True))
+    assert not all(torch.equal(a, b) for a, b in zip(first(0), first(1), strict=True))
+    seen = torch.cat(first(0)).flatten().bincount(minlength=VOCAB)
+    assert (seen[2:] > 0).all()
+
+
+def test_the_buffer_follows_the_configured_context(lm, rows):
+    """Defect 8: the buffer was sized from the model's context."""
+    stream = tu.ActivationStream(lm, rows, "blocks.1.hook_resid_pre", batch_size=32, buffer_tokens=256)
+    assert stream.rows_per_buffer == 256 // 16 and len(stream.x) == 256
+
+
+def test_unigram_activations(lm):
+    table = tu.unigram_activations(lm, "blocks.2.hook_resid_pre", batch=7)
+    assert table.shape == (VOCAB, 32)
+    alone = lm.activations(torch.tensor([[0, 5]]), [2])[2][0, 1]
+    assert torch.allclose(table[5], alone, atol=1e-5)

@@ -1,0 +1,92 @@
+"""Metrics by hand, and what they leave out."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from test_sae import random_sae
+
+import tsae_utils as tu
+
+HOOK = "blocks.1.hook_resid_pre"
+
+
+@pytest.fixture(scope="module")
+def evaluator(lm, rows):
+    return tu.Evaluator(lm, rows[:20], HOOK)
+
+
+class Fixed(tu.TSAE):
+    """An SAE whose reconstruction is a given function of x."""
+
+    def __init__(self, function):
+        super().__init__(tu.TSAEConfig(d_in=32, d_sae=4, k=1))
+        self.function = function
+
+    def forward(self, x, tokens):
+        return tu.TSAEOutput(self.function(x), torch.ones(len(x), 1), torch.zeros(len(x), 1, dtype=torch.long))
+
+
+def test_reconstruction_error_by_hand():
+    x, x_hat = torch.tensor([[3.0, 4.0], [0.0, 2.0]]), torch.tensor([[3.0, 0.0], [0.0, 1.0]])
+    error = tu.reconstruction_error(x, x_hat)
+    assert error.nmse == pytest.approx((16 / 25 + 1 / 4) / 2)
+    assert error.nmse_unsquared == pytest.approx((4 / 5 + 1 / 2) / 2)
+    # mean (1.5, 3): 4 coordinates 1.5, 1, -1.5, -1
+    assert error.fvu == pytest.approx(17 / (2 * 1.5**2 + 2 * 1**2))
+
+
+def test_perfect_and_zero_reconstruction(evaluator):
+    perfect, zero = evaluator(Fixed(lambda x: x)), evaluator(Fixed(torch.zeros_like))
+    assert perfect["nmse"] == 0 and perfect["ce_added"] == pytest.approx(0, abs=1e-4)
+    assert perfect["ce_recovered"] == pytest.approx(1, abs=1e-4)
+    assert zero["nmse"] == 1 and zero["ce_recovered"] == pytest.approx(0, abs=1e-6)
+    assert zero["ce_added"] == pytest.approx((evaluator.ce_zero - evaluator.ce_clean) / evaluator.ce_clean)
+
+
+def test_fvu_of_the_mean_is_one(evaluator):
+    mean = evaluator.x_BD.mean(0)
+    assert evaluator(Fixed(lambda x: mean.expand_as(x)))["fvu"] == pytest.approx(1, abs=1e-5)
+
+
+def test_l0_and_vectors_per_token(evaluator):
+    sae = random_sae(d_in=32, d_sae=40, k=5)
+    plain = evaluator(sae)
+    sae.lookup = tu.TokenLookup(torch.zeros(64, 32))
+    tokenized = evaluator(sae)
+    assert 0 < plain["l0"] <= 5 and plain["vectors_per_token"] == plain["l0"]
+    assert tokenized["vectors_per_token"] == tokenized["l0"] + 1, "the table's row is a decoder vector too"
+    assert tokenized["ce_added"] == plain["ce_added"]
+
+
+def test_bos_and_separators_are_left_out(lm, rows):
+    """Defect 5: BOS counted. Neither their reconstruction nor predictions made at BOS or of separators matter."""
+    evaluator = tu.Evaluator(lm, rows[:20], HOOK)
+    ids = rows[:20].long()
+    assert evaluator.keep.sum() == ((ids > 1).sum()) and len(evaluator.x_BD) == evaluator.keep.sum()
+    losses = lm.losses(ids)
+    by_hand = [losses[r, i].item() for r in range(20) for i in range(ids.shape[1] - 1) if ids[r, i] > 1 and ids[r, i + 1] > 1]
+    assert evaluator.ce_clean == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
+    paper = tu.Evaluator(lm, rows[:20], HOOK, include_bos=True)
+    assert len(paper.x_BD) == ids.numel() and paper.ce_clean == pytest.approx(losses.mean().item(), rel=1e-5)
+
+
+def test_cross_entropy_by_hand(lm):
+    ids = torch.tensor([[0, 5, 9]])
+    logits = lm.model(ids).logits[0].double()
+    by_hand = [-(logits[i] - logits[i].logsumexp(0))[ids[0, i + 1]].item() for i in range(2)]
+    assert lm.losses(ids)[0].tolist() == pytest.approx(by_hand, rel=1e-4)
+    assert lm.losses(ids).dtype == torch.float32 and not math.isnan(by_hand[0])
+
+
+def test_heldout_is_not_training_text():
+    """Defect 2: validation rows were training rows."""
+    from testbed import corpus
+
+    split = {(d.package, d.module, d.name): d.split for d in corpus.load(progress=False)[0]}
+    assert set(split.values()) == set(corpus.SPLITS)
+    texts = {s: {d.text for d in corpus.documents(s)} for s in corpus.SPLITS}
+    assert not texts["heldout"] & (texts["lm"] | texts["sae"] | texts["tune"])
+    assert not texts["tune"] & (texts["lm"] | texts["sae"])

@@ -1,0 +1,148 @@
+"""Training: planted truth, pairing, learning rates, and what must not depend on what."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+import tsae_utils as tu
+
+D, V, FEATURES, ACTIVE = 48, 200, 64, 3
+
+
+class PlantedStream:
+    """x = table[token] + sparse features, in the place of an ActivationStream."""
+
+    batch_size = 512
+
+    def __init__(self, with_table: bool, seed: int = 0) -> None:
+        g = torch.Generator().manual_seed(1000 + seed)
+        self.table = torch.randn(V, D, generator=g) * with_table
+        self.features = F.normalize(torch.randn(FEATURES, D, generator=g), dim=-1)
+        self.p = torch.arange(1, V + 1) ** -0.5  # some tokens are commoner than others
+        self.generator = g
+
+    def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
+        tokens = torch.multinomial(self.p, self.batch_size, replacement=True, generator=self.generator)
+        which = torch.rand(self.batch_size, FEATURES, generator=self.generator).topk(ACTIVE).indices
+        size = 2 + torch.rand(self.batch_size, ACTIVE, generator=self.generator)
+        x = (self.features[which] * size[..., None]).sum(1) + self.table[tokens]
+        return x, tokens[:, None]
+
+    def __iter__(self):
+        while True:
+            yield self.batch()
+
+
+def recovered(sae: tu.TSAE, stream: PlantedStream) -> float:
+    """Share of true features with a decoder row of cosine above 0.9."""
+    return ((F.normalize(sae.W_dec, dim=-1) @ stream.features.T).amax(0) > 0.9).float().mean().item()
+
+
+def nmses(saes: dict[str, tu.TSAE], stream: PlantedStream) -> dict[str, float]:
+    """NMSE of every SAE on the same fresh activations."""
+    x, t = (torch.cat(part) for part in zip(*(stream.batch() for _ in range(10)), strict=True))
+    with torch.no_grad():
+        return {name: tu.reconstruction_error(x, sae(x, t).x_hat).nmse for name, sae in saes.items()}
+
+
+def planted_saes() -> dict[str, tu.TSAE]:
+    def make(width, table):  # twice as wide as the truth: exactly as wide gets stuck
+        return tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=width, k=ACTIVE), tu.TokenLookup(torch.zeros(V, D)) if table else None)
+
+    return {"sae": make(2 * FEATURES, False), "size-matched": make(2 * FEATURES + V, False), "tsae": make(2 * FEATURES, True)}
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[dict[str, tu.TSAE], PlantedStream]:
+    stream, saes = PlantedStream(with_table=True), planted_saes()
+    tu.train(saes, stream, tu.TrainConfig(tokens=1200 * 512, lr=3e-3, lr_lookup=5e-2), progress=False)
+    return saes, stream
+
+
+def test_planted_table_is_recovered_from_zero(planted):
+    """R2 above 0.95 after centring over tokens (a constant may sit in the table or in b_dec)."""
+    saes, stream = planted
+    W = saes["tsae"].lookup.W.detach()
+    error = (W - W.mean(0) - (stream.table - stream.table.mean(0))).square().sum()
+    r2 = 1 - error / (stream.table - stream.table.mean(0)).square().sum()
+    assert r2 > 0.95, f"R2 = {r2:.3f}"
+
+
+def test_planted_features_are_recovered_better_with_a_table(planted):
+    saes, stream = planted
+    share = {name: recovered(sae, stream) for name, sae in saes.items()}
+    assert share["tsae"] > 0.8, share
+    assert share["tsae"] > share["sae"] + 0.1 and share["tsae"] > share["size-matched"] + 0.1, share
+    errors = nmses(saes, stream)
+    assert errors["tsae"] < 0.8 * min(errors["sae"], errors["size-matched"]), errors
+
+
+def test_null_world_gains_nothing():
+    """No table in the data: the TSAE is no better than the SAE, and its table stays small."""
+    stream, saes = PlantedStream(with_table=False), planted_saes()
+    tu.train(saes, stream, tu.TrainConfig(tokens=1200 * 512, lr=3e-3, lr_lookup=5e-2), progress=False)
+    assert recovered(saes["sae"], stream) > 0.8
+    errors = nmses(saes, stream)
+    assert errors["tsae"] > 0.95 * errors["sae"], errors
+
+
+def test_the_table_has_its_own_learning_rate():
+    """Defect 3: outside TopK the table trained a hundred times slower."""
+    for activation in tu.ACTIVATIONS:
+        sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=8, k=2, activation=activation), tu.TokenLookup(torch.zeros(V, D)))
+        rates = {id(p): g["lr"] for g in tu.optimiser_for(sae, tu.TrainConfig(lr=1e-4, lr_lookup=1e-2)).param_groups for p in g["params"]}
+        assert rates[id(sae.lookup.W)] == 1e-2 and rates[id(sae.W_dec)] == 1e-4
+        assert set(rates) == {id(p) for p in sae.parameters()}, "every parameter is trained"
+
+
+@pytest.mark.parametrize(("trainable", "moves"), [(True, True), (False, False)])
+def test_the_table_is_trained_unless_frozen(trainable, moves):
+    """Defect 1: frozen by a constructor default."""
+    sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=8, k=2), tu.TokenLookup(torch.zeros(V, D), trainable=trainable))
+    tu.train({"a": sae}, PlantedStream(True), tu.TrainConfig(tokens=512 * 3), progress=False)
+    assert bool(sae.lookup.W.abs().sum() > 0) == moves
+    assert isinstance(sae.train(), tu.TSAE), "nn.Module.train is not shadowed (defect 7)"
+
+
+@pytest.mark.parametrize("activation", tu.ACTIVATIONS)
+def test_training_together_equals_training_alone(activation):
+    """SAEs on one stream do not influence each other."""
+    def make(seed):
+        return tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=16, k=2, seed=seed, activation=activation, l1_coefficient=0.1))
+
+    together, alone = {"a": make(0), "b": make(1)}, {"b": make(1)}
+    cfg = tu.TrainConfig(tokens=512 * 20)
+    tu.train(together, PlantedStream(True), cfg, progress=False)
+    tu.train(alone, PlantedStream(True), cfg, progress=False)
+    assert torch.equal(together["b"].W_dec, alone["b"].W_dec)
+
+
+def test_l1_raises_sparsity():
+    def l0(coefficient):
+        sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=64, k=0, activation="relu", l1_coefficient=coefficient))
+        return tu.train({"a": sae}, PlantedStream(False), tu.TrainConfig(tokens=512 * 150), progress=False)[-1]["l0"]
+
+    assert l0(3.0) < 0.7 * l0(0.01)
+
+
+def test_history_and_learning_rate():
+    stream = PlantedStream(True)
+    saes = planted_saes()
+    history = tu.train(saes, stream, tu.TrainConfig(tokens=512 * 45), log_every=20, progress=False)
+    assert [r["step"] for r in history if r["system"] == "sae"] == [0, 20, 40, 44]
+    assert {r["system"] for r in history} == set(saes) and all(r["tokens"] == (r["step"] + 1) * 512 for r in history)
+    first, last = ([r for r in history if r["system"] == "tsae"][i] for i in (0, -1))
+    assert last["loss"] < first["loss"] and last["seconds"] > first["seconds"]
+
+
+def test_a_run_is_reproducible(lm, rows):
+    """Defect 6: seeds. The same seeds give the same weights, bit for bit; another stream seed does not."""
+    def run(seed):
+        sae = tu.TSAE(tu.TSAEConfig(d_in=32, d_sae=64, k=4), tu.TokenLookup(tu.unigram_activations(lm, "blocks.1.hook_resid_pre")))
+        stream = tu.ActivationStream(lm, rows, "blocks.1.hook_resid_pre", 64, 512, seed)
+        tu.train({"a": sae}, stream, tu.TrainConfig(tokens=64 * 12), progress=False)
+        return sae.W_dec.detach()
+
+    assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
