@@ -63,6 +63,7 @@ class Profile:
     l1_coefficient: float = 3.0  # relu SAEs of figure 3
     seeds: tuple[int, ...] = (0, 1, 2)
     tokens: int = 2_000_000  # activations each SAE sees
+    probe_tokens: int = 1_000_000  # the SAEs of figures 2 and 3, nine each for every system
     batch_size: int = 4096
     buffer_tokens: int = 2**17
     lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)  # the grid of every system
@@ -77,9 +78,9 @@ class Profile:
 
 PROFILES = {
     "record": Profile("record"),
-    "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, lrs=(2e-3, 8e-3), lr_tokens=100_000,
+    "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(2e-3, 8e-3), lr_tokens=100_000,
                     eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16),
-    "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, batch_size=512, buffer_tokens=2_048, lrs=(4e-3,),
+    "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, probe_tokens=4_096, batch_size=512, buffer_tokens=2_048, lrs=(4e-3,),
                      lr_tokens=1_024, eval_tokens=1_024, ngram_tokens=50_000, ngrams=200, patch_rows=2, patch_positions=4),
 }
 PAPER_MODELS = ("gpt2", "openai-community/gpt2", "EleutherAI/pythia-1.4b")  # on these a claim can be reproduced
@@ -283,7 +284,7 @@ class Lab:
         if self.model_name == "testbed" and all(f.exists() for f in folders.values()):
             return {name: tu.load(f, self.lm.device) for name, f in folders.items()}
         print("no trained pair for this model in the repository: training one")
-        arms = {"topk": Arm("topk", self.d_sae, self.p.k, self.p.lr), "topk+lookup": Arm("topk+lookup", self.d_sae, self.p.k, self.p.lr, "unigram")}
+        arms = {s: Arm(s, self.d_sae, self.p.k, self.p.lr, t) for s, t in (("topk", ""), ("topk+lookup", "unigram"))}
         return self.train_or_load(arms, self.layer, self.p.seeds[0], self.p.tokens)
 
     # -- what a notebook leaves behind --

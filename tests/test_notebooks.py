@@ -1,0 +1,166 @@
+"""Rules of the notebooks, and agreement of what is committed: notebooks, CSVs, figures, README."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import nbformat
+import pandas as pd
+import pytest
+from lab import scorecard
+
+import tsae_utils as tu
+from conftest import ROOT
+
+NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+RECORD = ROOT / "figures" / "record"
+PARETO = ["model", "layer", "system", "k", "l1_coefficient", "lr", "lr_lookup", "l0", "vectors_per_token", "seed", "tokens", "nmse", "nmse_unsquared", "fvu", "ce_clean", "ce_patched", "ce_added", "ce_recovered", "dead_fraction", "d_sae", "decoder_vectors", "seconds"]
+by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
+
+
+def read(path: Path) -> nbformat.NotebookNode:
+    return nbformat.read(path, as_version=4)
+
+
+def code(path: Path) -> str:
+    return "\n".join(c.source for c in read(path).cells if c.cell_type == "code")
+
+
+def figure_id(path: Path) -> str:
+    return path.stem[3:]
+
+
+def test_there_are_notebooks():
+    assert [p.name[:2] for p in NOTEBOOKS] == ["00", "01", "02", "03", "05", "06", "99"]
+
+
+@by_name
+def test_rules_for_a_notebook(path):
+    """The title is the claim, scale lives in the profile, cells are short, nothing is installed or moved to."""
+    cells = read(path).cells
+    assert cells[0].cell_type == "markdown" and cells[0].source.startswith("# ")
+    tagged = {t: i for i, c in enumerate(cells) for t in c.metadata.get("tags", [])}
+    assert "parameters" in tagged and "TSAE_PROFILE" in cells[tagged["parameters"]].source
+    source = code(path)
+    assert source.count("TSAE_PROFILE") == 1, "the profile is read once"
+    assert not re.search(r"if .*(PROFILE|p\.name|profile) *(==|in)", source), "no notebook branches on its profile"
+    assert not re.search(r"^\s*[!%]|os\.chdir|pip install", source, re.M)
+    assert all(len(c.source.splitlines()) <= 30 for c in cells if c.cell_type == "code"), "cells are short"
+    assert f'Lab("{figure_id(path)}"' in source, "the figure's id is the middle of the notebook's name"
+
+
+@by_name
+def test_the_rule_stands_before_the_run(path):
+    cells = [c for c in read(path).cells if c.cell_type == "code"]
+    declared = [i for i, c in enumerate(cells) if "lab.declare(" in c.source]
+    run = [i for i, c in enumerate(cells) if "run" in c.metadata.get("tags", [])]
+    judged = [i for i, c in enumerate(cells) if "lab.verdict(" in c.source]
+    if figure_id(path) != "scorecard":
+        assert declared and run and judged and max(declared) < min(run) and max(run) < min(judged)
+
+
+@by_name
+def test_executed_notebooks(path):
+    """Ran top to bottom without an error, hold no path of the machine, and stay small."""
+    cells = [c for c in read(path).cells if c.cell_type == "code"]
+    assert [c.execution_count for c in cells] == list(range(1, len(cells) + 1)), "run `make record` to execute it"
+    outputs = [o for c in cells for o in c.outputs]
+    assert not [o for o in outputs if o.output_type == "error"]
+    text = path.read_text()
+    assert "widget-view" not in text
+    for place in (str(ROOT), str(Path.home()) + "/"):
+        assert place not in text
+    assert path.stat().st_size < 500_000
+    printed = "".join(o.get("text", "") for o in outputs)
+    assert "profile record" in printed or figure_id(path) == "scorecard"
+
+
+@by_name
+def test_committed_figure(path):
+    """Each notebook left a CSV, its record, its claims and both pictures, on the committed model."""
+    name = figure_id(path)
+    if name == "scorecard":
+        return
+    for suffix in (".csv", ".json", "_claims.csv", ".png", ".pdf"):
+        assert (RECORD / f"{name}{suffix}").is_file(), suffix
+    record = json.loads((RECORD / f"{name}.json").read_text())
+    assert record["profile"]["name"] == "record" and record["model"] == "testbed"
+    assert record["model_hash"] == tu.load_lm(ROOT / "testbed" / "model", device="cpu").fingerprint(), "the record is of another model"
+
+
+@by_name
+def test_claims_agree_with_the_notebook(path):
+    """Every declared claim is in the CSV with the rule the notebook states, and the notebook shows the CSV's verdict."""
+    name = figure_id(path)
+    if name == "scorecard":
+        return
+    claims = pd.read_csv(RECORD / f"{name}_claims.csv", dtype=str)
+    shown = "".join(o.get("data", {}).get("text/html", "") for c in read(path).cells if c.cell_type == "code" for o in c.outputs)
+    for row in claims.itertuples():
+        assert row.id in shown and row.verdict in shown
+        assert row.rule in code(path) or "{" in code(path), row.id
+        assert row.verdict in {"effect present", "effect absent", "not tested"}, "the testbed cannot confirm the paper's numbers"
+
+
+def test_pareto_is_complete():
+    df = pd.read_csv(RECORD / "fig6_pareto.csv")
+    assert list(df.columns) == PARETO
+    systems = {"topk", "topk+lookup", "topk-size-matched", "topk-k+1", "table-only", "topk+shuffled-lookup"}
+    assert set(df.system) == systems and df.seed.nunique() == 3
+    grid = df[df.system != "table-only"].groupby("system")
+    assert (grid.k.nunique() == 5).all() and (grid.size() == 15).all()
+    assert df.drop(columns=["l1_coefficient", "lr_lookup"]).notna().all().all()
+
+
+def test_scorecard_is_every_claim_and_the_readme_shows_it():
+    claims = pd.read_csv(RECORD / "claims.csv", dtype=str)
+    parts = pd.concat([pd.read_csv(f, dtype=str) for f in sorted(RECORD.glob("*_claims.csv"))], ignore_index=True)
+    pd.testing.assert_frame_equal(claims, parts)
+    assert scorecard(claims) in (ROOT / "README.md").read_text(), "copy the table that notebook 99 prints into the README"
+
+
+def test_readme_numbers_come_from_the_csvs():
+    """The README's headline, computed again."""
+    df, text = pd.read_csv(RECORD / "fig6_pareto.csv"), (ROOT / "README.md").read_text()
+    mean = df[df.k == 8].groupby("system")[["ce_added", "nmse"]].mean()
+    assert f"{mean.ce_added['topk+lookup']:.3f} against {mean.ce_added['topk']:.3f}" in text
+    model = json.loads((ROOT / "testbed" / "model" / "metrics.json").read_text())
+    assert f"{model['model']['cross_entropy']:.2f} nats" in text and f"{model['ngrams']['kneser_ney_trigram']:.2f}" in text
+
+
+def test_readme_links_and_commands_exist():
+    text = (ROOT / "README.md").read_text()
+    for target in re.findall(r"\]\(([^)#]+)\)|src=\"([^\"]+)\"", text):
+        link = target[0] or target[1]
+        assert link.startswith("http") or (ROOT / link).exists(), link
+    makefile = (ROOT / "Makefile").read_text()
+    for target in set(re.findall(r"make ([a-z]+)\b", text)):
+        assert re.search(rf"^{target}:", makefile, re.M) or (target.startswith("fig") and "fig%:" in makefile), target
+
+
+def test_readme_snippets_run(tmp_path, monkeypatch):
+    """Every Python block of the README, on the testbed, in a folder of its own."""
+    shutil.copytree(ROOT / "testbed" / "model", tmp_path / "testbed" / "model")
+    words = [f"word{i} of the text and its number {i}" for i in range(3000)]
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": " ".join(words[i : i + 100])}) + "\n" for i in range(0, 3000, 100)))
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_the_repository_is_light():
+    assert sum(f.stat().st_size for f in (ROOT / "testbed" / "model").glob("*.safetensors")) <= 16 * 2**20
+    assert sum(f.stat().st_size for f in (ROOT / "testbed" / "saes").rglob("*") if f.is_file()) <= 16 * 2**20
+
+
+def test_the_testbed_folder_loads_by_the_path_of_any_model():
+    """Special-token ids are set: without them a second BOS beyond the embedding appears."""
+    lm = tu.load_lm(ROOT / "testbed" / "model", device="cpu")
+    config = json.loads((ROOT / "testbed" / "model" / "config.json").read_text())
+    assert (ROOT / "testbed" / "model" / "tokenizer_config.json").is_file()
+    assert lm.bos_id == config["bos_token_id"] == lm.separator_id < lm.n_vocab and len(lm.tokenizer) == lm.n_vocab and not lm.bos_note
