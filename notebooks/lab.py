@@ -80,8 +80,9 @@ PROFILES = {
     "record": Profile("record"),
     "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(2e-3, 8e-3), lr_tokens=100_000,
                     eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16),
-    "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, probe_tokens=4_096, batch_size=512, buffer_tokens=2_048, lrs=(4e-3,),
-                     lr_tokens=1_024, eval_tokens=1_024, ngram_tokens=50_000, ngrams=200, patch_rows=2, patch_positions=4),
+    "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, probe_tokens=4_096, batch_size=512,
+                     buffer_tokens=2_048, lrs=(4e-3,), lr_tokens=1_024, eval_tokens=1_024, ngram_tokens=50_000, ngrams=200,
+                     patch_rows=2, patch_positions=4),
 }
 PAPER_MODELS = ("gpt2", "openai-community/gpt2", "EleutherAI/pythia-1.4b")  # on these a claim can be reproduced
 

@@ -17,7 +17,8 @@ from conftest import ROOT
 
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 RECORD = ROOT / "figures" / "record"
-PARETO = ["model", "layer", "system", "k", "l1_coefficient", "lr", "lr_lookup", "l0", "vectors_per_token", "seed", "tokens", "nmse", "nmse_unsquared", "fvu", "ce_clean", "ce_patched", "ce_added", "ce_recovered", "dead_fraction", "d_sae", "decoder_vectors", "seconds"]
+PARETO = ("model layer system k l1_coefficient lr lr_lookup l0 vectors_per_token seed tokens nmse nmse_unsquared fvu ce_clean ce_patched "
+          "ce_added ce_recovered dead_fraction d_sae decoder_vectors seconds").split()
 by_name = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 
 
