@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import matplotlib.pyplot as plt  # noqa: E402
+import matplotlib.ticker as ticker  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
@@ -130,6 +131,17 @@ def bootstrap_interval(statistic, *columns: np.ndarray, n: int = 1000, seed: int
     columns = [np.asarray(c) for c in columns]
     draws = [statistic(*(c[i] for c in columns)) for i in rng.integers(len(columns[0]), size=(n, len(columns[0])))]
     return float(statistic(*columns)), *(float(q) for q in np.percentile(draws, [2.5, 97.5]))
+
+
+def plain_log(*axes: plt.Axes) -> None:
+    """Log axes with plain numbers at 1, 2 and 5, and no crowd of minor labels."""
+    for ax in axes:
+        for axis, scale in ((ax.xaxis, ax.get_xscale()), (ax.yaxis, ax.get_yscale())):
+            if scale == "log":
+                low, high = axis.get_view_interval()
+                axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+                axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}" if 1e-4 < v < 1e4 else f"{v:.0e}"))
+                axis.set_minor_formatter(ticker.NullFormatter())
 
 
 @contextmanager
