@@ -159,6 +159,14 @@ def test_the_repository_is_light():
     assert sum(f.stat().st_size for f in (ROOT / "testbed" / "saes").rglob("*") if f.is_file()) <= 16 * 2**20
 
 
+def test_the_model_card_agrees_with_the_metrics():
+    card, m = (ROOT / "testbed" / "README.md").read_text(), json.loads((ROOT / "testbed" / "model" / "metrics.json").read_text())
+    for value in (m["model"]["cross_entropy"], *m["ngrams"].values(), *m["model"]["by_position"].values()):
+        assert f"{value:.2f}" in card
+    assert f"{m['overlap_8gram']:.1%}" in card and m["corpus"]["hash"] in card
+    assert m["model"]["cross_entropy"] < m["ngrams"]["kneser_ney_trigram"] - 0.4, "the model knows more than n-grams"
+
+
 def test_the_testbed_folder_loads_by_the_path_of_any_model():
     """Special-token ids are set: without them a second BOS beyond the embedding appears."""
     lm = tu.load_lm(ROOT / "testbed" / "model", device="cpu")
