@@ -212,11 +212,12 @@ class LanguageModel:
         handles = [] if x_RLD is None else [self._hook(layer, replace)]
         ids_RL = ids_RL.to(self.device)
         try:
-            logits = self.model(input_ids=ids_RL, use_cache=False).logits[:, :-1].float()
+            logits = self.model(input_ids=ids_RL, use_cache=False).logits.float()
         finally:
             for handle in handles:
                 handle.remove()
-        return F.cross_entropy(logits.transpose(1, 2), ids_RL[:, 1:], reduction="none")
+        targets = F.pad(ids_RL[:, 1:], (0, 1))  # the last column has no target and is cut off: no copy of the logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(ids_RL.shape)[:, :-1]
 
 
 def load_lm(name_or_path: str | Path, device: str | None = None, bf16: bool | None = None) -> LanguageModel:
@@ -417,6 +418,9 @@ def unigram_activations(lm: LanguageModel, hook_name: str, batch: int = 2048, pr
 # ---------------------------------------------------------------------------------------------
 
 
+CPU_CHUNK = 2**21  # pre-activations computed at once: they should fit the cache
+
+
 def _transposed_bag(order: Tensor, offsets: Tensor, weights_BK: Tensor, x_BD: Tensor) -> Tensor:
     """sum over (b, j) with index[b, j] = f of weights[b, j] x[b], for every f: [F, D]."""
     return F.embedding_bag(order // weights_BK.shape[1], x_BD, offsets, mode="sum", per_sample_weights=weights_BK.flatten()[order])
@@ -432,10 +436,12 @@ class _SparseTopK(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, k, bf16):
         x_c = x - b_dec
-        dtype = torch.bfloat16 if bf16 else torch.float32
-        pre = torch.addmm(b_enc.to(dtype), x_c.to(dtype), W_enc.to(dtype).T)
-        values, index = pre.topk(k, dim=-1, sorted=False)
-        values = values.float().relu_()  # SAELens: top k, then ReLU; the authors' code keeps negative ones
+        dtype = torch.bfloat16 if bf16 else x.dtype
+        xs, W, b = x_c.to(dtype), W_enc.to(dtype).T, b_enc.to(dtype)
+        rows = len(x) if x.is_cuda else max(1, CPU_CHUNK // len(W_enc))  # B x F at once is all page faults on a CPU
+        kept = [torch.addmm(b, part, W).topk(k, dim=-1, sorted=False) for part in xs.split(rows)]
+        values, index = (torch.cat(t) for t in zip(*kept, strict=True))
+        values = values.to(x.dtype).relu_()  # SAELens: top k, then ReLU; the authors' code keeps negative ones
         x_hat = F.embedding_bag(index, W_dec, mode="sum", per_sample_weights=values) + b_dec
         ctx.save_for_backward(x_c, W_enc, W_dec, values, index)
         ctx.mark_non_differentiable(index)
@@ -452,7 +458,7 @@ class _SparseTopK(torch.autograd.Function):
         offsets = torch.searchsorted(feature, torch.arange(len(W_enc), device=feature.device))
         d_W_enc = _transposed_bag(order, offsets, d_values, x_c)
         d_W_dec = _transposed_bag(order, offsets, values, g)
-        d_b_enc = torch.zeros(len(W_enc), device=g.device).index_add_(0, index.flatten(), d_values.flatten())
+        d_b_enc = torch.zeros(len(W_enc), device=g.device, dtype=g.dtype).index_add_(0, index.flatten(), d_values.flatten())
         d_b_dec = g.sum(0) - d_b_enc @ W_enc
         d_x = F.embedding_bag(index, W_enc, mode="sum", per_sample_weights=d_values) if ctx.needs_input_grad[0] else None
         return d_x, d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None
@@ -579,23 +585,25 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
     opts = {name: optimiser_for(sae, cfgs[name]) for name, sae in saes.items()}
     seconds, history = dict.fromkeys(saes, 0.0), []
     bar = tqdm(total=steps * stream.batch_size, desc=f"training {len(saes)} SAEs", unit="tok", unit_scale=True, disable=not progress)
-    for step, (x, tokens) in enumerate(islice(stream, steps)):
-        log = step % log_every == 0 or step == steps - 1
-        for name, sae in saes.items():
-            started = time.perf_counter()
-            if step == 0:
-                _start_(sae, x, tokens)
-            row = _step_(sae, opts[name], cfgs[name], x, tokens, step / steps, log)
-            seconds[name] += time.perf_counter() - started
-            if log:
-                if not math.isfinite(row["loss"]):
+    try:
+        for step, (x, tokens) in enumerate(islice(stream, steps)):
+            log = step % log_every == 0 or step == steps - 1
+            for name, sae in saes.items():
+                started = time.perf_counter()
+                if step == 0:
+                    _start_(sae, x, tokens)
+                row = _step_(sae, opts[name], cfgs[name], x, tokens, step / steps, log)
+                seconds[name] += time.perf_counter() - started
+                if log and not math.isfinite(row["loss"]):
                     raise FloatingPointError(f"the loss of {name!r} is {row['loss']} at step {step}: lower its learning rate")
-                seen = (step + 1) * stream.batch_size
-                history.append({"system": name, "step": step, "tokens": seen, **row, "seconds": seconds[name]})
-        bar.update(stream.batch_size)
-    bar.close()
-    for sae in saes.values():
-        sae.bf16 = False
+                if log:
+                    seen = (step + 1) * stream.batch_size
+                    history.append({"system": name, "step": step, "tokens": seen, **row, "seconds": seconds[name]})
+            bar.update(stream.batch_size)
+    finally:  # an interrupted SAE is as usable as a finished one
+        bar.close()
+        for sae in saes.values():
+            sae.bf16 = False
     return history
 
 

@@ -67,7 +67,7 @@ class Profile:
     probe_tokens: int = 1_000_000  # the SAEs of figures 2 and 3, nine each for every system
     batch_size: int = 4096
     buffer_tokens: int = 2**17
-    lrs: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)  # the grid of every system
+    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # the grid of every system
     lr_tokens: int = 1_000_000  # a run of the search
     lr: float = 4e-3  # where there is no search: the value the record's search chose most often
     eval_tokens: int = 40_000  # held-out tokens for cross-entropy
@@ -79,7 +79,7 @@ class Profile:
 
 PROFILES = {
     "record": Profile("record"),
-    "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(2e-3, 8e-3), lr_tokens=100_000,
+    "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 1.6e-2), lr_tokens=100_000,
                     eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16),
     "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, probe_tokens=4_096, batch_size=512,
                      buffer_tokens=2_048, lrs=(4e-3,), lr_tokens=1_024, eval_tokens=1_024, ngram_tokens=50_000, ngrams=200,
@@ -210,6 +210,9 @@ class Lab:
             manifest = testbed_corpus.load()[1]
             if manifest["missing"]:
                 print(f"corpus without {', '.join(manifest['missing'])}: not installed here")
+            record = ROOT / "figures" / "record" / f"{self.id}.json"
+            if record.exists() and json.loads(record.read_text())["corpus_hash"] != manifest["hash"]:
+                print("note: the documentation installed here differs from the committed record's (other versions); numbers will differ a little")
             return manifest["hash"]
         return hashlib.sha256(self.p.corpus.encode()).hexdigest()[:16]
 
@@ -277,6 +280,8 @@ class Lab:
         with lock(self.cache / "saes" / f"{self.model_name}-{layer}-{seed}.lock"):
             missing = {n: a for n, a in arms.items() if not folder(a).exists()}
             if missing:
+                each = [a.d_sae * (2 * self.lm.d_model + 1) + bool(a.table) * self.lm.n_vocab * self.lm.d_model for a in missing.values()]
+                print(f"training {len(each)} SAEs: {sum(each) / 1e6:.1f}M parameters, {16 * sum(each) / 2**30:.2f} GiB with Adam and gradients")
                 saes = {n: self._new_sae(a, layer, seed) for n, a in missing.items()}
                 window = min(tu.TrainConfig().dead_window, tokens // 4)
                 cfgs = {n: tu.TrainConfig(tokens=tokens, lr=a.lr, lr_lookup=a.lr_lookup, dead_window=window) for n, a in missing.items()}
