@@ -212,7 +212,7 @@ class Lab:
                 print(f"corpus without {', '.join(manifest['missing'])}: not installed here")
             record = ROOT / "figures" / "record" / f"{self.id}.json"
             if record.exists() and json.loads(record.read_text())["corpus_hash"] != manifest["hash"]:
-                print("note: the documentation installed here differs from the committed record's (other versions); numbers will differ a little")
+                print("note: the documentation installed here is not the committed record's (other versions): numbers will differ a little")
             return manifest["hash"]
         return hashlib.sha256(self.p.corpus.encode()).hexdigest()[:16]
 
@@ -281,7 +281,8 @@ class Lab:
             missing = {n: a for n, a in arms.items() if not folder(a).exists()}
             if missing:
                 each = [a.d_sae * (2 * self.lm.d_model + 1) + bool(a.table) * self.lm.n_vocab * self.lm.d_model for a in missing.values()]
-                print(f"training {len(each)} SAEs: {sum(each) / 1e6:.1f}M parameters, {16 * sum(each) / 2**30:.2f} GiB with Adam and gradients")
+                gib = 16 * sum(each) / 2**30  # fp32 weights, gradients and Adam's two moments
+                print(f"training {len(each)} SAEs: {sum(each) / 1e6:.1f}M parameters, {gib:.2f} GiB with Adam and gradients")
                 saes = {n: self._new_sae(a, layer, seed) for n, a in missing.items()}
                 window = min(tu.TrainConfig().dead_window, tokens // 4)
                 cfgs = {n: tu.TrainConfig(tokens=tokens, lr=a.lr, lr_lookup=a.lr_lookup, dead_window=window) for n, a in missing.items()}

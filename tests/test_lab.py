@@ -11,8 +11,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, save_model
 from lab import PROFILES, Arm, Lab, bootstrap_interval, paired_interval, scorecard, tu
+
+from conftest import ROOT, save_model
 
 
 @pytest.fixture
@@ -51,7 +52,7 @@ def test_splits_of_another_corpus_are_disjoint(lab):
     with open(lab.p.corpus, "w") as f:
         f.writelines(json.dumps({"text": t}) + "\n" for t in numbered)
     parts = {s: list(lab.documents(s)) for s in ("sae", "tune", "heldout")}
-    assert sorted(sum(parts.values(), [])) == sorted(numbered)
+    assert sorted(t for part in parts.values() for t in part) == sorted(numbered)
     assert len(parts["sae"]) > 700 and len(parts["heldout"]) > 100 and len(parts["tune"]) > 20
 
 
