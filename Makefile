@@ -1,5 +1,5 @@
 # The commands of the README. PROFILE=mini|smoke|record; PYTHON=python3.12 to choose an interpreter.
-PROFILE ?= mini
+PROFILE ?= $(or $(TSAE_PROFILE),mini)
 PYTHON ?= python3
 NB ?=
 PY := .venv/bin/python

@@ -24,6 +24,7 @@ import shutil
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
@@ -144,10 +145,12 @@ class LanguageModel:
             return value, "" if name == "BOS" else f"{self.name} has no BOS token; EOS (id {value}) stands in for it"
         return 0, f"{self.name} has neither BOS nor EOS; token 0 ({self.tokenizer.convert_ids_to_tokens(0)!r}) stands in"
 
+    @cached_property
     def fingerprint(self) -> str:
-        """Hash of the embedding and of the last block's weights, for records."""
-        digest = hashlib.sha256()
-        for p in (self.model.get_input_embeddings().weight, *self.blocks[-1].parameters()):
+        """Hash of all weights, of the configuration and of BOS and separator, for records and caches."""
+        shape = {k: v for k, v in self.model.config.to_dict().items() if isinstance(v, int | float | dict) and not k.startswith("_")}
+        digest = hashlib.sha256(json.dumps([shape, self.bos_id, self.separator_id], sort_keys=True, default=str).encode())
+        for p in self.model.parameters():
             digest.update(p.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -174,8 +177,9 @@ class LanguageModel:
         return self.blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
 
     @torch.no_grad()
-    def activations(self, ids_RL: Tensor, layers: Iterable[int]) -> dict[int, Tensor]:
-        """Residual stream [R, L, D] in fp32 entering each of `layers`; the pass ends at the last of them."""
+    def activations(self, ids_RL: Tensor, layers: Iterable[int], bf16: bool | None = None) -> dict[int, Tensor]:
+        """Residual stream [R, L, D], returned in fp32, entering each of `layers`; the pass ends at the last of them."""
+        bf16 = self.bf16 if bf16 is None else bf16
         found, layers = {}, sorted(set(layers))
 
         def read(layer):
@@ -188,7 +192,7 @@ class LanguageModel:
 
         handles = [self._hook(layer, read(layer)) for layer in layers]
         try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.bf16):
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
                 self.model.base_model(input_ids=ids_RL.to(self.device), use_cache=False)
         except _Stop:
             pass
@@ -227,14 +231,16 @@ def load_lm(name_or_path: str | Path, device: str | None = None, bf16: bool | No
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(name_or_path)
-    looks_local = path.is_absolute() or str(name_or_path).startswith((".", "~")) or len(path.parts) > 2
+    path = Path(name_or_path).expanduser()
+    looks_local = path.exists() or path.is_absolute() or str(name_or_path).startswith(".") or len(path.parts) > 2
     if looks_local and not (path / "config.json").is_file():
         raise FileNotFoundError(f"no model at {path}: expected a Hugging Face folder with config.json")
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(name_or_path))
-        model = AutoModelForCausalLM.from_pretrained(str(name_or_path), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
+    except SafetensorError as error:
+        raise ValueError(f"the weights in {path} are damaged ({error}): fetch them again") from error
     except OSError as error:
         raise FileNotFoundError(f"could not load the model {str(name_or_path)!r}: it is neither a local folder with config, "
                                 f"tokenizer and weights nor a hub model that can be reached ({error})") from error
@@ -247,17 +253,18 @@ def read_documents(source: str | Path, text_column: str = "text") -> Iterator[st
 
     Raises FileNotFoundError or ValueError with what was expected.
     """
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # without it even a local file is reported to the hub
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
 
     kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet"}
-    path = Path(source)
+    path = Path(source).expanduser()
     files = sorted(f for f in path.iterdir() if f.suffix in kinds) if path.is_dir() else [path] if path.is_file() else []
     if path.is_dir() and not files:
         raise ValueError(f"no text in {path}: expected .txt, .jsonl or .parquet files")
     if files and (bad := [f.name for f in files if f.suffix not in kinds]):
         raise ValueError(f"cannot read {bad[0]}: expected .txt, .jsonl or .parquet with a column {text_column!r}")
-    if not files and (path.is_absolute() or path.suffix in kinds or str(source).startswith((".", "~"))):
+    if not files and (path.is_absolute() or path.suffix in kinds or str(source).startswith(".")):
         raise FileNotFoundError(f"no corpus at {path}: expected a .txt, .jsonl or .parquet file, a folder of them, or a hub id")
     name, _, configuration = str(source).partition(":")
     kind, options = name, {"name": configuration or None}
@@ -353,8 +360,7 @@ class ActivationStream:
             self.x[n : n + len(x)] = x
             self.tokens[n : n + len(x)] = last_tokens(ids, self.order, self.lm.bos_id)[keep].to(self.lm.device)
             n += len(x)
-        if not torch.isfinite(self.x[:n]).all():
-            raise ValueError(f"activations at {self.hook_name} contain NaN or infinity: check the model, or load it with bf16=False")
+        refuse_nan(self.x[:n], self.hook_name)
         return n
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -370,6 +376,13 @@ class ActivationStream:
             for i in range(0, n - self.batch_size + 1, self.batch_size):
                 at = mixed[i : i + self.batch_size]
                 yield self.x[at], self.tokens[at]
+
+
+def refuse_nan(x: Tensor, hook_name: str) -> Tensor:
+    """x itself. Raises ValueError where it contains NaN or infinity."""
+    if not torch.isfinite(x).all():
+        raise ValueError(f"activations at {hook_name} contain NaN or infinity: check the model, or load it with bf16=False")
+    return x
 
 
 def last_tokens(ids_RL: Tensor, order: int, pad: int) -> Tensor:
@@ -395,6 +408,11 @@ class TokenLookup(nn.Module):
             raise ValueError(f"a lookup table has shape [V, d_in], not {list(W.shape)}")
         self.W = nn.Parameter(W.detach().float().clone(), requires_grad=trainable)
 
+    def check_vocabulary(self, n_vocab: int) -> None:
+        """Raise ValueError where the table has not one row for each of `n_vocab` tokens."""
+        if len(self.W) != n_vocab:
+            raise ValueError(f"the lookup table has {len(self.W)} rows, the model {n_vocab} tokens: it belongs to another vocabulary")
+
     def forward(self, tokens_BN: Tensor) -> Tensor:
         """Rows [B, D] of the last tokens. Raises ValueError for a token the table has no row for."""
         current = tokens_BN[..., -1]
@@ -410,7 +428,7 @@ def unigram_activations(lm: LanguageModel, hook_name: str, batch: int = 2048, pr
     for t in tqdm(torch.arange(lm.n_vocab).split(batch), desc="unigram activations", disable=not progress):
         prompts = torch.stack([torch.full_like(t, lm.bos_id), t], dim=1)
         found.append(lm.activations(prompts, [layer])[layer][:, 1].cpu())
-    return torch.cat(found)
+    return refuse_nan(torch.cat(found), hook_name)
 
 
 # ---------------------------------------------------------------------------------------------
@@ -581,6 +599,9 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
     cfgs = {name: cfg if isinstance(cfg, TrainConfig) else cfg[name] for name in saes}
     if len({c.tokens for c in cfgs.values()}) > 1:
         raise ValueError("SAEs trained together see the same tokens: give them the same `tokens`")
+    for sae in saes.values():
+        if sae.lookup is not None and hasattr(stream, "lm"):
+            sae.lookup.check_vocabulary(stream.lm.n_vocab)
     steps = max(1, next(iter(cfgs.values())).tokens // stream.batch_size)
     opts = {name: optimiser_for(sae, cfgs[name]) for name, sae in saes.items()}
     seconds, history = dict.fromkeys(saes, 0.0), []
@@ -668,10 +689,9 @@ class Evaluator:
         self.keep = keep_mask(self.rows, lm, include_bos)
         is_text = (self.rows != lm.separator_id) & (self.rows != lm.bos_id)
         self.predicted = self.keep[:, :-1] & (is_text[:, 1:] if not include_bos else True)
-        bf16, lm.bf16 = lm.bf16, False
         self.batches = list(torch.arange(len(self.rows)).split(batch_rows))
-        self.x = torch.cat([lm.activations(self.rows[b], [self.layer])[self.layer] for b in self.batches])
-        lm.bf16 = bf16
+        x = [lm.activations(self.rows[b], [self.layer], bf16=False)[self.layer] for b in self.batches]
+        self.x = refuse_nan(torch.cat(x), hook_name)
         self.ce_clean = self._cross_entropy(None)
         self.ce_zero = self._cross_entropy(torch.zeros_like(self.x))
 
@@ -694,6 +714,8 @@ class Evaluator:
 
     @torch.no_grad()
     def __call__(self, sae: TSAE) -> dict[str, float]:
+        if sae.lookup is not None:
+            sae.lookup.check_vocabulary(self.lm.n_vocab)
         x_BD, tokens_BN, where = self.x_BD, self.tokens_BN, self.keep.to(self.x.device)
         parts, active = [], 0
         for x, t in zip(x_BD.split(4096), tokens_BN.split(4096), strict=True):
@@ -714,15 +736,19 @@ class Evaluator:
 # 8  Save and load
 # ---------------------------------------------------------------------------------------------
 
+FILES = ("cfg.json", "sae_weights.safetensors", "token_lookup.safetensors")
 WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")  # all a SAELens file may hold; the table has a file of its own
 
 
 def save(sae: TSAE, folder: str | Path, metadata: Mapping | None = None, dtype: torch.dtype = torch.float32) -> Path:
     """Write `cfg.json`, `sae_weights.safetensors` (SAELens layout) and `token_lookup.safetensors` into `folder`.
 
-    The folder appears whole or not at all; one of the same name is replaced. `metadata` must be JSON.
+    The folder appears whole; a saved SAE of the same name is replaced. `metadata` must be JSON. Raises
+    FileExistsError where the folder holds anything else.
     """
     folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or {f.name for f in folder.iterdir()} - set(FILES)):
+        raise FileExistsError(f"{folder} exists and holds other files: choose a folder of its own for the SAE")
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -741,19 +767,27 @@ def save(sae: TSAE, folder: str | Path, metadata: Mapping | None = None, dtype: 
     save_file({n: getattr(sae, n).detach().to("cpu", dtype).contiguous() for n in WEIGHTS}, partial / "sae_weights.safetensors")
     if sae.lookup is not None:
         save_file({"W_lookup": sae.lookup.W.detach().to("cpu", dtype).contiguous()}, partial / "token_lookup.safetensors")
+    old = partial.with_suffix(".old")
     if folder.exists():
-        shutil.rmtree(folder)
+        folder.rename(old)
     partial.replace(folder)
+    shutil.rmtree(old, ignore_errors=True)
     return folder
 
 
-def _tensors(path: Path) -> dict[str, Tensor]:
+def _tensors(path: Path, shapes: Mapping[str, tuple]) -> dict[str, Tensor]:
+    """Tensors of a file, names and shapes as expected (None: any size). Raises FileNotFoundError or ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected a folder written by tsae_utils.save or in SAELens layout")
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged or not a safetensors file ({error}): fetch or train it again") from error
+    for name, shape in shapes.items():
+        found = list(tensors[name].shape) if name in tensors else "nothing"
+        if found == "nothing" or len(found) != len(shape) or any(want not in (None, has) for want, has in zip(shape, found, strict=True)):
+            raise ValueError(f"{path}: {name} should be {list(shape)}, found {found}")
+    return tensors
 
 
 def read_cfg(folder: str | Path) -> dict:
@@ -783,14 +817,10 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> TSAE:
     own = {k: v for k, v in tokenized.get("config", {}).items() if k in ("l1_coefficient", "encoder_scale", "seed")}
     cfg = TSAEConfig(d_in=raw["d_in"], d_sae=raw["d_sae"], activation=activation, k=raw.get("k", 0), **own,
                      **{k: meta[k] for k in ("model_name", "hook_name", "context_size") if k in meta})
-    weights = _tensors(folder / "sae_weights.safetensors")
     shapes = {"W_enc": (cfg.d_in, cfg.d_sae), "b_enc": (cfg.d_sae,), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
-    for name, shape in shapes.items():
-        if name not in weights or tuple(weights[name].shape) != shape:
-            found = list(weights[name].shape) if name in weights else "nothing"
-            raise ValueError(f"{folder}/sae_weights.safetensors: {name} should be {list(shape)}, found {found}")
-    has_table = tokenized.get("lookup", (folder / "token_lookup.safetensors").exists())
-    lookup = TokenLookup(_tensors(folder / "token_lookup.safetensors")["W_lookup"]) if has_table else None
+    weights, lookup, table = _tensors(folder / "sae_weights.safetensors", shapes), None, folder / "token_lookup.safetensors"
+    if tokenized.get("lookup", table.exists()):
+        lookup = TokenLookup(_tensors(table, {"W_lookup": (None, cfg.d_in)})["W_lookup"])
     sae = TSAE(cfg, lookup)
     with torch.no_grad():
         sae.W_enc_FD.copy_(weights["W_enc"].T)

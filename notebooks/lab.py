@@ -37,6 +37,8 @@ import torch  # noqa: E402
 from scipy import stats  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
+os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # nothing is sent anywhere, not even a count of loads
+
 import tsae_utils as tu  # noqa: E402
 from testbed import corpus as testbed_corpus  # noqa: E402
 
@@ -64,12 +66,11 @@ class Profile:
     l1_coefficient: float = 3.0  # relu SAEs of figure 3
     seeds: tuple[int, ...] = (0, 1, 2)
     tokens: int = 2_000_000  # activations each SAE sees
-    probe_tokens: int = 1_000_000  # the SAEs of figures 2 and 3, nine each for every system
+    probe_tokens: int = 500_000  # the SAEs of figures 2 and 3, nine each for every system
     batch_size: int = 4096
     buffer_tokens: int = 2**17
     lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # the grid of every system
     lr_tokens: int = 1_000_000  # a run of the search
-    lr: float = 4e-3  # where there is no search: the value the record's search chose most often
     eval_tokens: int = 40_000  # held-out tokens for cross-entropy
     ngram_tokens: int = 20_000_000  # figure 1: at most
     ngrams: int = 20_000  # figures 2 and 3: at most so many bigrams
@@ -79,13 +80,19 @@ class Profile:
 
 PROFILES = {
     "record": Profile("record"),
-    "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 1.6e-2), lr_tokens=100_000,
+    "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 8e-3), lr_tokens=100_000,
                     eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16),
     "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, probe_tokens=4_096, batch_size=512,
                      buffer_tokens=2_048, lrs=(4e-3,), lr_tokens=1_024, eval_tokens=1_024, ngram_tokens=50_000, ngrams=200,
                      patch_rows=2, patch_positions=4),
 }
-PAPER_MODELS = ("gpt2", "openai-community/gpt2", "EleutherAI/pythia-1.4b")  # on these a claim can be reproduced
+CACHE_VERSION = 3  # raise when a change of code changes what training makes
+
+# Where a notebook has no search of its own: what figure 6's search chose (fig6_pareto_lr.csv); relu was not searched
+LEARNING_RATES = {"topk": 8e-3, "topk+lookup": 4e-3, "relu": 4e-3}
+# On these a claim can be reproduced; elsewhere its effect is present or absent
+PAPER_MODELS = ("gpt2", "openai-community/gpt2", "EleutherAI/pythia-1.4b")
+PAPER_CORPORA = ("allenai/c4", "Skylion007/openwebtext")
 
 # One look for each system in every figure: Okabe-Ito colours, told apart by marker too
 SYSTEMS = {
@@ -214,7 +221,10 @@ class Lab:
             if record.exists() and json.loads(record.read_text())["corpus_hash"] != manifest["hash"]:
                 print("note: the documentation installed here is not the committed record's (other versions): numbers will differ a little")
             return manifest["hash"]
-        return hashlib.sha256(self.p.corpus.encode()).hexdigest()[:16]
+        path = Path(self.p.corpus).expanduser()
+        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+        seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+        return hashlib.sha256(json.dumps([self.p.corpus, seen]).encode()).hexdigest()[:16]
 
     def documents(self, split: str) -> Iterator[str]:
         """Texts of one split: lm, sae, tune, heldout. Another corpus is split by the position of a document (sae 80 %,
@@ -228,8 +238,15 @@ class Lab:
                 yield text
 
     def rows(self, split: str, tokens: float) -> torch.Tensor:
-        """Token rows [R, L] of a split, at most `tokens` of them."""
-        return tu.token_rows(self.documents(split), self.lm, self.context_size, max(tokens, 2 * self.context_size))
+        """Token rows [R, L] of a split, about `tokens` of them, evenly spaced over the split: documents come in the order of
+        their packages, so its beginning is no sample. Of another corpus at most eight times as much is read."""
+        limit = np.inf if self.p.corpus == "testbed" else 8 * tokens
+        try:
+            rows = tu.token_rows(self.documents(split), self.lm, self.context_size, max(limit, 2 * self.context_size))
+        except ValueError as error:
+            raise ValueError(f"split {split!r} of {self.p.corpus}: {error}") from error
+        wanted = max(2, int(tokens) // (self.context_size - 1))
+        return rows if wanted >= len(rows) else rows[torch.linspace(0, len(rows) - 1, wanted).long()]
 
     @cached_property
     def train_rows(self) -> torch.Tensor:
@@ -245,7 +262,7 @@ class Lab:
 
     def unigrams(self, layer: int) -> torch.Tensor:
         """A([BOS, t])_1 of every token [V, D], cached on disk."""
-        path = self.cache / f"unigrams-{self.lm.fingerprint()}-{layer}.safetensors"
+        path = self.cache / f"unigrams-{self.lm.fingerprint}-{layer}.safetensors"
         if not path.exists():
             table = tu.unigram_activations(self.lm, self.hook(layer), progress=True)
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -273,9 +290,11 @@ class Lab:
         Each SAE carries `record`: its dead fraction, seconds and the tokens it saw.
         """
         def folder(arm: Arm) -> Path:
-            key = [2, asdict(arm), layer, seed, tokens, self.p.batch_size, self.p.buffer_tokens, self.context_size,
-                   self.lm.fingerprint(), self.corpus_hash]
+            key = [CACHE_VERSION, asdict(arm), layer, seed, tokens, self.p.batch_size, self.p.buffer_tokens, self.lm.fingerprint,
+                   self.lm.bf16, rows]
             return self.cache / "saes" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+
+        rows = hashlib.sha256(self.train_rows.numpy().tobytes()).hexdigest()
 
         with lock(self.cache / "saes" / f"{self.model_name}-{layer}-{seed}.lock"):
             missing = {n: a for n, a in arms.items() if not folder(a).exists()}
@@ -300,10 +319,10 @@ class Lab:
     def committed_saes(self) -> dict[str, tu.TSAE]:
         """The trained pair of the repository; on a model other than the testbed a pair is trained instead."""
         folders = {name: ROOT / "testbed" / "saes" / name for name in ("topk", "topk+lookup")}
-        if self.model_name == "testbed" and all(f.exists() for f in folders.values()):
+        if all(f.exists() and tu.read_cfg(f)["metadata"]["tokenized"]["model_hash"] == self.lm.fingerprint for f in folders.values()):
             return {name: tu.load(f, self.lm.device) for name, f in folders.items()}
         print("no trained pair for this model in the repository: training one")
-        arms = {s: Arm(s, self.d_sae, self.p.k, self.p.lr, t) for s, t in (("topk", ""), ("topk+lookup", "unigram"))}
+        arms = {s: Arm(s, self.d_sae, self.p.k, LEARNING_RATES[s], t) for s, t in (("topk", ""), ("topk+lookup", "unigram"))}
         return self.train_or_load(arms, self.layer, self.p.seeds[0], self.p.tokens)
 
     # -- what a notebook leaves behind --
@@ -318,7 +337,7 @@ class Lab:
         """Write <id><suffix>.csv and, beside the main one, <id>.json: what was run, on what."""
         self._write(f"{self.id}{suffix}.csv", table.to_csv(index=False, float_format="%.6g"))
         if not suffix:
-            meta = {"id": self.id, "profile": asdict(self.p), "model": self.model_name, "model_hash": self.lm.fingerprint(),
+            meta = {"id": self.id, "profile": asdict(self.p), "model": self.model_name, "model_hash": self.lm.fingerprint,
                     "corpus_hash": self.corpus_hash, "torch": torch.__version__.split("+")[0], "device": str(self.lm.device),
                     "machine": f"{platform.machine()}, {os.cpu_count()} cores", "seconds": round(time.time() - self.started)}
             meta["profile"]["model"], meta["profile"]["corpus"] = self.model_name, Path(self.p.corpus).name
@@ -353,7 +372,7 @@ class Lab:
 
         `direction`: the rule fails but the sign is the paper's (told apart on the paper's own models only).
         """
-        if self.p.model in PAPER_MODELS:
+        if self.p.model in PAPER_MODELS and self.p.corpus.startswith(PAPER_CORPORA):
             word = "reproduced" if holds else "direction only" if direction else "not reproduced"
         else:
             word = "effect present" if holds else "effect absent"

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import nbformat
 from nbclient import NotebookClient
-from nbclient.exceptions import CellExecutionError
+from nbclient.exceptions import CellExecutionError, DeadKernelError
 
 HERE = Path(__file__).resolve().parent
 REDRAW_TAGS = {"bootstrap", "parameters", "figure"}
@@ -50,6 +50,7 @@ def strip(notebook: nbformat.NotebookNode) -> None:
     """Take out what belongs to the machine that ran it: its root and home folder, timings, widgets."""
     notebook.metadata.pop("widgets", None)
     places = {str(HERE.parent): "<repository>", str(Path.home()): "~", sys.prefix: "<environment>"}
+    places = {place: name for place, name in places.items() if len(place) > 1}  # home may be "/"
     for cell in notebook.cells:
         cell.metadata.pop("execution", None)
         for output in cell.get("outputs", []):
@@ -57,8 +58,8 @@ def strip(notebook: nbformat.NotebookNode) -> None:
                 for key, value in list(holder.items()):
                     if isinstance(value, str) and not key.startswith("image/"):
                         for place, name in sorted(places.items(), key=lambda p: -len(p[0])):
-                            value = value.replace(place, name)
-                        holder[key] = value
+                            value = value.replace(place + "/", name + "/")
+                        holder[key] = re.sub(r"\S*ipykernel_\d+/\d+\.py", "<cell>", value)
 
 
 def run(path: Path, redraw: bool, record: bool) -> float:
@@ -89,8 +90,10 @@ def main() -> None:
     default = "record" if args.redraw or args.record else os.environ.get("TSAE_PROFILE") or "mini"
     os.environ["TSAE_PROFILE"] = args.profile or default
     os.environ["TSAE_TEXT_PROGRESS"] = "1"
-    if args.record and any(os.environ.get(v) for v in ("TSAE_MODEL", "TSAE_CORPUS")):
-        raise SystemExit("--record is for the testbed: unset TSAE_MODEL and TSAE_CORPUS")
+    if args.record and args.profile not in (None, "record"):
+        raise SystemExit("--record keeps notebooks executed at profile record: leave --profile out")
+    if args.record and any(os.environ.get(v) for v in ("TSAE_MODEL", "TSAE_CORPUS", "TSAE_FIGURES")):
+        raise SystemExit("--record is for the testbed: unset TSAE_MODEL, TSAE_CORPUS and TSAE_FIGURES")
     for name in ("TSAE_MODEL", "TSAE_CORPUS", "TSAE_FIGURES", "TSAE_CACHE"):  # relative to where the user typed them
         value = os.environ.get(name)
         if value and (name in ("TSAE_FIGURES", "TSAE_CACHE") or Path(value).exists()):
@@ -102,9 +105,13 @@ def main() -> None:
         print(f"[{i}/{len(notebooks)}] {path.stem} ({os.environ['TSAE_PROFILE']})", flush=True)
         try:
             print(f"\n    done in {run(path, args.redraw, args.record):.0f} s", flush=True)
-        except CellExecutionError as error:
+        except (CellExecutionError, DeadKernelError) as error:
             failed.append(path.stem)
-            print(f"\n    FAILED\n{re.sub(chr(27) + r'[^m]*m', '', str(error))}", file=sys.stderr, flush=True)
+            foreseen = getattr(error, "ename", "") in {"ValueError", "FileNotFoundError"}  # these speak for themselves
+            text = error.evalue if foreseen else re.sub(chr(27) + r"[^m]*m", "", str(error))
+            print(f"\n    FAILED: {text}", file=sys.stderr, flush=True)
+            if foreseen and i == 1:
+                break  # a wrong profile, model or corpus fails every notebook alike
     print(f"{len(notebooks) - len(failed)} of {len(notebooks)} notebooks in {time.time() - began:.0f} s")
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")

@@ -88,7 +88,10 @@ def versions() -> dict[str, str]:
         elif package_root(package) is None:
             found[package] = "missing"
         else:
-            found[package] = importlib.metadata.version(dist)
+            try:
+                found[package] = importlib.metadata.version(dist)
+            except importlib.metadata.PackageNotFoundError:  # a folder without metadata: a copy, or half an uninstall
+                found[package] = "unknown"
     return found
 
 

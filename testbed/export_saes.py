@@ -28,8 +28,9 @@ def main() -> None:
     evaluator = tu.Evaluator(lab.lm, lab.rows("heldout", lab.p.eval_tokens), lab.hook(lab.layer))
     rows = []
     for name, sae in lab.train_or_load(arms, lab.layer, SEED, lab.p.tokens).items():
-        folder = tu.save(sae, HERE / "saes" / name, {"record": sae.record}, dtype=torch.float16)
-        rows.append({"sae": name, "mib": sum(f.stat().st_size for f in folder.iterdir()) / 2**20, **evaluator(tu.load(folder))})
+        folder = tu.save(sae, HERE / "saes" / name, {"record": sae.record, "model_hash": lab.lm.fingerprint}, dtype=torch.float16)
+        mib = sum(f.stat().st_size for f in folder.iterdir()) / 2**20
+        rows.append({"sae": name, "mib": mib, **evaluator(tu.load(folder, lab.lm.device))})
     table = pd.DataFrame(rows)
     table.to_csv(HERE / "saes" / "measured.csv", index=False, float_format="%.6g")
     print(table.round(4).to_string(index=False))

@@ -13,6 +13,7 @@ import json
 import math
 import os
 import platform
+import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -170,13 +171,14 @@ def samples(folder: Path, tokenizer: PreTrainedTokenizerFast, n: int = 3) -> lis
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--out", type=Path, default=HERE / "model", help="model folder (default: testbed/model)")
-    p.add_argument("--tokens", type=float, default=22e6, help="training tokens (default: 22e6)")
+    p.add_argument("--tokens", type=float, default=20e6, help="training tokens (default: 20e6)")
     p.add_argument("--lr-matrices", type=float, default=LR_MATRICES)
     p.add_argument("--lr-rest", type=float, default=LR_REST)
     p.add_argument("--save-every", type=float, default=600, help="seconds between saves of the running model")
     p.add_argument("--no-compile", dest="compile", action="store_false", help="where there is no C++ compiler")
     args = p.parse_args()
-    started = time.time()
+    started, final = time.time(), args.out
+    args.out = final.with_name(f"{final.name}.partial")  # an interrupted run leaves the old model as it is
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = train_tokenizer(args.out)
     bos = tokenizer.bos_token_id
@@ -196,6 +198,8 @@ def main() -> None:
         "uniform": math.log(VOCAB), "samples": samples(args.out, tokenizer), "curve": curve[:: max(1, len(curve) // 60)],
     }
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
+    shutil.rmtree(final, ignore_errors=True)
+    args.out.replace(final)
     print(json.dumps({k: metrics[k] for k in ("model", "ngrams", "seconds")}, indent=1))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -51,9 +52,23 @@ def test_docstrings_of_a_file(tmp_path):
 
 
 def test_the_order_does_not_depend_on_the_run():
-    code = "from testbed import corpus; print(corpus.load(progress=False)[1]['hash'])"
-    hashes = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout for _ in range(2)}
-    assert hashes == {corpus.load(progress=False)[1]["hash"] + "\n"}
+    """Read from the sources, not from the cache, with different hash seeds of Python."""
+    code = ("from testbed import corpus; import hashlib; d = corpus.drop_repeats(corpus.docstrings_of_package('tornado'));"
+            "print(len(d), hashlib.sha256(repr(d).encode()).hexdigest())")
+    runs = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True,
+                           check=True).stdout for seed in "01"}
+    assert len(runs) == 1 and int(runs.pop().split()[0]) > 100
+
+
+def test_a_missing_package_is_said(monkeypatch, tmp_path):
+    """Another machine lacks a package, or has one without metadata: the corpus is made of the rest and says so."""
+    root = corpus.package_root
+    monkeypatch.setattr(corpus, "PACKAGES", {"tornado": "tornado", "gone": "gone", "mpmath": "no-such-distribution"})
+    monkeypatch.setattr(corpus, "package_root", lambda p: None if p == "gone" else root(p))
+    monkeypatch.setenv("TSAE_CACHE", str(tmp_path))
+    assert corpus.versions() == {"tornado": "6.6.1", "gone": "missing", "mpmath": "unknown"}
+    documents, manifest = corpus.load.__wrapped__(progress=False)
+    assert manifest["missing"] == ["gone"] and {d.package for d in documents} == {"tornado", "mpmath"}
 
 
 def test_heldout_overlap_is_low():
@@ -66,14 +81,21 @@ def test_unknown_split():
 
 
 def test_kneser_ney_by_hand():
-    """Stream 0 1 2 0 1 3: every number worked out on paper."""
+    """Stream 0 1 2 0 1 3, V = 4: every number worked out on paper.
+
+    Trigrams 012 120 201 013, once each: no count of 2, so both discounts are 0.75. Bigram types vw with a left neighbour:
+    12 20 01 13. p1(w) = (types ending in w + 1) / (4 + 4): each of 0, 1, 2, 3 ends one type, so 2 / 8.
+    p2(2|1): N1+(.1.) = 2 (12, 13): (1 - .75) / 2 + .75 * 2 / 2 * .25 = .3125.
+    p3(2|0 1): c(0 1 .) = 2, two types: (1 - .75) / 2 + .75 * 2 / 2 * .3125 = .359375.
+    p3(0|3 3): context unseen, and 3 was never a middle word: p1(0) = .25.
+    """
     kn = ngram.KneserNey(np.array([0, 1, 2, 0, 1, 3]), 4)
-    assert kn.d3 == 0.75 or 0 < kn.d3 < 1
     a = lambda *i: np.array(i)  # noqa: E731
-    assert ngram._lookup(kn.bi, a(0 * 4 + 1, 1 * 4 + 2, 1 * 4 + 3, 2 * 4 + 0, 3 * 4 + 3)).tolist() == [1, 1, 1, 1, 0]
-    # 0 1 -> {2, 3} once each; p3(2|0 1) = (1 - d3)/2 + d3 * 2/2 * p2(2|1)
-    expected = (1 - kn.d3) / 2 + kn.d3 * kn.p2(a(1), a(2))
-    assert kn.p3(a(0), a(1), a(2)) == pytest.approx(expected)
+    assert (kn.d3, kn.d2) == (0.75, 0.75)
+    assert kn.p1(a(0, 1, 2, 3)) == pytest.approx([0.25] * 4)
+    assert kn.p2(a(1), a(2)) == pytest.approx(0.3125)
+    assert kn.p3(a(0), a(1), a(2)) == pytest.approx(0.359375)
+    assert kn.p3(a(3), a(3), a(0)) == pytest.approx(0.25)
 
 
 @pytest.mark.parametrize("context", [(0, 1), (1, 2), (3, 3), (5, 0)])

@@ -52,6 +52,14 @@ def test_folder_without_weights(tmp_path):
         tu.load_lm(folder)
 
 
+def test_truncated_model(tmp_path):
+    folder = save_model(tmp_path / "m")
+    whole = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(whole[: len(whole) // 2])
+    with raises(ValueError, "the weights in .* are damaged"):
+        tu.load_lm(folder)
+
+
 def test_bos_beyond_the_embedding():
     tokenizer = word_tokenizer(bos_token="<|endoftext|>")  # not in the vocabulary: gets the id after the last row
     with raises(ValueError, "BOS id 64 lies beyond the model's embedding of 64 rows: mend tokenizer_config.json"):
@@ -133,8 +141,9 @@ def test_nan_activations(gpt2_folder, rows):
     with torch.no_grad():
         lm.model.transformer.wte.weight[5, 0] = float("nan")
     stream = tu.ActivationStream(lm, rows, HOOK, 16, 256)
-    with raises(ValueError, "activations at blocks.1.hook_resid_pre contain NaN or infinity"):
-        next(iter(stream))
+    for use in (lambda: next(iter(stream)), lambda: tu.Evaluator(lm, rows, HOOK), lambda: tu.unigram_activations(lm, HOOK)):
+        with raises(ValueError, "activations at blocks.1.hook_resid_pre contain NaN or infinity"):
+            use()
 
 
 def test_nan_loss_names_the_sae(lm, rows):
@@ -158,9 +167,14 @@ def test_unequal_token_budgets(lm, rows):
         tu.train({"a": random_sae(d_in=32), "b": random_sae(d_in=32)}, tu.ActivationStream(lm, rows, HOOK, 16, 64), cfgs)
 
 
-def test_table_of_another_vocabulary():
+def test_table_of_another_vocabulary(lm, rows):
+    evaluator = tu.Evaluator(lm, rows[:4], HOOK)
     with raises(ValueError, "token 9 has no row in a lookup table of 7 rows: the table belongs to another vocabulary"):
         random_sae(vocab=7)(torch.randn(1, 6), torch.tensor([[9]]))
+    with raises(ValueError, "the lookup table has 99 rows, the model 64 tokens: it belongs to another vocabulary"):
+        evaluator(random_sae(d_in=32, vocab=99))
+    with raises(ValueError, "the lookup table has 99 rows"):
+        tu.train({"a": random_sae(d_in=32, vocab=99)}, tu.ActivationStream(lm, rows, HOOK, 16, 64), tu.TrainConfig(tokens=16), progress=False)
     with raises(ValueError, "the lookup table's rows have 5 entries, the SAE's d_in is 6"):
         tu.TSAE(tu.TSAEConfig(d_in=6, d_sae=4, k=1), tu.TokenLookup(torch.zeros(7, 5)))
 
@@ -199,9 +213,13 @@ def test_half_precision(tmp_path):
     assert again.W_dec.dtype == torch.float32 and torch.allclose(again.W_dec, sae.W_dec, atol=1e-2)
 
 
-def test_saving_replaces_whole_folders(saved):
+def test_saving_replaces_an_sae_and_nothing_else(saved):
     tu.save(random_sae(), saved)
-    assert not (saved / "token_lookup.safetensors").exists() and not list(saved.parent.glob(".*partial"))
+    assert not (saved / "token_lookup.safetensors").exists() and not list(saved.parent.glob(".*"))
+    (saved / "thesis.tex").write_text("years of work")
+    with raises(FileExistsError, "exists and holds other files: choose a folder of its own"):
+        tu.save(random_sae(), saved)
+    assert (saved / "thesis.tex").exists()
 
 
 @pytest.mark.parametrize("key", ["architecture", "d_in", "d_sae", "k"])
@@ -236,8 +254,11 @@ def test_wrong_contents(saved):
     save_file({k: v for k, v in weights.items() if k != "b_dec"}, saved / "sae_weights.safetensors")
     with raises(ValueError, r"b_dec should be \[6\], found nothing"):
         tu.load(saved)
-    (saved / "token_lookup.safetensors").unlink()
     save_file(weights, saved / "sae_weights.safetensors")
+    save_file({"W": torch.zeros(7, 6)}, saved / "token_lookup.safetensors")
+    with raises(ValueError, r"W_lookup should be \[None, 6\], found nothing"):
+        tu.load(saved)
+    (saved / "token_lookup.safetensors").unlink()
     with raises(FileNotFoundError, "token_lookup.safetensors is missing"):
         tu.load(saved)
     cfg = json.loads((saved / "cfg.json").read_text())

@@ -72,8 +72,8 @@ def test_executed_notebooks(path):
     assert not [o for o in outputs if o.output_type == "error"]
     text = path.read_text()
     assert "widget-view" not in text
-    for place in (str(ROOT), str(Path.home()) + "/"):
-        assert place not in text
+    for place in (str(ROOT) + "/", str(Path.home()) + "/", "ipykernel_"):
+        assert len(place) < 3 or place not in text, place
     assert path.stat().st_size < 500_000
     printed = "".join(o.get("text", "") for o in outputs)
     assert "profile record" in printed or figure_id(path) == "scorecard"
@@ -89,7 +89,7 @@ def test_committed_figure(path):
         assert (RECORD / f"{name}{suffix}").is_file(), suffix
     record = json.loads((RECORD / f"{name}.json").read_text())
     assert record["profile"]["name"] == "record" and record["model"] == "testbed"
-    assert record["model_hash"] == tu.load_lm(ROOT / "testbed" / "model", device="cpu").fingerprint(), "the record is of another model"
+    assert record["model_hash"] == tu.load_lm(ROOT / "testbed" / "model", device="cpu").fingerprint, "the record is of another model"
 
 
 @by_name
@@ -101,8 +101,9 @@ def test_claims_agree_with_the_notebook(path):
     claims = pd.read_csv(RECORD / f"{name}_claims.csv", dtype=str)
     shown = "".join(o.get("data", {}).get("text/html", "") for c in read(path).cells if c.cell_type == "code" for o in c.outputs)
     for row in claims.itertuples():
-        assert row.id in shown and row.verdict in shown
-        assert row.rule in code(path) or "{" in code(path), row.id
+        assert re.search(rf">{re.escape(row.id)}</td>(?:(?!</tr>).)*>{re.escape(row.verdict)}</td>", shown, re.S), row.id
+        made = row.id in {"fig6-topk-k+1", "fig6-topk-size-matched", "fig6-topk+shuffled-lookup", "fig6-table-only"}  # rules from a loop
+        assert (row.rule.replace(row.id.removeprefix("fig6-"), "{control}") if made else row.rule) in code(path), row.id
         assert row.verdict in {"effect present", "effect absent", "not tested"}, "the testbed cannot confirm the paper's numbers"
 
 

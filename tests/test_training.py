@@ -86,6 +86,8 @@ def test_null_world_gains_nothing():
     assert recovered(saes["sae"], stream) > 0.8
     errors = nmses(saes, stream)
     assert errors["tsae"] > 0.95 * errors["sae"], errors
+    W = saes["tsae"].lookup.W.detach()
+    assert (W - W.mean(0)).norm(dim=-1).mean() < 1, "rows of a true table have a norm near 7"
 
 
 def test_the_table_has_its_own_learning_rate():
