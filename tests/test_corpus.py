@@ -55,8 +55,8 @@ def test_the_order_does_not_depend_on_the_run():
     """Read from the sources, not from the cache, with different hash seeds of Python."""
     code = ("from testbed import corpus; import hashlib; d = corpus.drop_repeats(corpus.docstrings_of_package('tornado'));"
             "print(len(d), hashlib.sha256(repr(d).encode()).hexdigest())")
-    runs = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True, text=True,
-                           check=True).stdout for seed in "01"}
+    runs = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True,
+                           text=True, check=True).stdout for seed in "01"}
     assert len(runs) == 1 and int(runs.pop().split()[0]) > 100
 
 

@@ -174,7 +174,7 @@ def test_table_of_another_vocabulary(lm, rows):
     with raises(ValueError, "the lookup table has 99 rows, the model 64 tokens: it belongs to another vocabulary"):
         evaluator(random_sae(d_in=32, vocab=99))
     with raises(ValueError, "the lookup table has 99 rows"):
-        tu.train({"a": random_sae(d_in=32, vocab=99)}, tu.ActivationStream(lm, rows, HOOK, 16, 64), tu.TrainConfig(tokens=16), progress=False)
+        tu.train({"a": random_sae(d_in=32, vocab=99)}, tu.ActivationStream(lm, rows, HOOK, 16, 64), tu.TrainConfig(tokens=16))
     with raises(ValueError, "the lookup table's rows have 5 entries, the SAE's d_in is 6"):
         tu.TSAE(tu.TSAEConfig(d_in=6, d_sae=4, k=1), tu.TokenLookup(torch.zeros(7, 5)))
 
