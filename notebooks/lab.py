@@ -71,7 +71,7 @@ class Profile:
     buffer_tokens: int = 2**17
     lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # the grid of every system
     lr_tokens: int = 1_000_000  # a run of the search
-    eval_tokens: int = 40_000  # held-out tokens for cross-entropy
+    eval_tokens: int = 24_000  # held-out tokens for cross-entropy
     ngram_tokens: int = 20_000_000  # figure 1: at most
     ngrams: int = 20_000  # figures 2 and 3: at most so many bigrams
     patch_rows: int = 64  # figure 5: held-out rows
