@@ -117,7 +117,7 @@ class Arm:
     d_sae: int
     k: int
     lr: float
-    table: str = ""  # "", unigram, zero or shuffled
+    table: str = ""  # "", unigram, half, zero or half-shuffled: see Lab._new_sae
     activation: str = "topk"
     l1_coefficient: float = 0.0
     lr_lookup: float = 1e-2  # the authors' value for every table
@@ -272,15 +272,17 @@ class Lab:
         return tu.load_file(path)["unigrams"].to(self.lm.device)
 
     def _new_sae(self, arm: Arm, layer: int, seed: int) -> tu.TSAE:
+        """An untrained SAE. Tables: `unigram` starts at A([BOS, t])_1; `half` at half of it with W_enc = W_dec^T / 2, as in the
+        authors' revised code (table and features together start at x, not at twice x); `half-shuffled` the same with the
+        rows over the wrong tokens; `zero` at zero."""
+        half = arm.table.startswith("half")
         cfg = tu.TSAEConfig(d_in=self.lm.d_model, d_sae=arm.d_sae, activation=arm.activation, k=arm.k, seed=seed,
-                            l1_coefficient=arm.l1_coefficient, model_name=self.model_name, hook_name=self.hook(layer),
-                            context_size=self.context_size)
+                            l1_coefficient=arm.l1_coefficient, encoder_scale=0.5 if half else 1.0, model_name=self.model_name,
+                            hook_name=self.hook(layer), context_size=self.context_size)
         if not arm.table:
             return tu.TSAE(cfg).to(self.lm.device)
-        table = self.unigrams(layer)
-        if arm.table == "zero":
-            table = torch.zeros_like(table)
-        elif arm.table == "shuffled":  # the same rows, over the wrong tokens
+        table = self.unigrams(layer) * {"unigram": 1.0, "half": 0.5, "half-shuffled": 0.5, "zero": 0.0}[arm.table]
+        if arm.table == "half-shuffled":
             table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).to(table.device)]
         return tu.TSAE(cfg, tu.TokenLookup(table)).to(self.lm.device)
 
@@ -322,7 +324,7 @@ class Lab:
         if all(f.exists() and tu.read_cfg(f)["metadata"]["tokenized"]["model_hash"] == self.lm.fingerprint for f in folders.values()):
             return {name: tu.load(f, self.lm.device) for name, f in folders.items()}
         print("no trained pair for this model in the repository: training one")
-        arms = {s: Arm(s, self.d_sae, self.p.k, LEARNING_RATES[s], t) for s, t in (("topk", ""), ("topk+lookup", "unigram"))}
+        arms = {s: Arm(s, self.d_sae, self.p.k, LEARNING_RATES[s], t) for s, t in (("topk", ""), ("topk+lookup", "half"))}
         return self.train_or_load(arms, self.layer, self.p.seeds[0], self.p.tokens)
 
     # -- what a notebook leaves behind --

@@ -22,7 +22,7 @@ def main() -> None:
     lab = Lab("fig6_pareto", "record")
     df = lab.read_csv()
     arms = {}
-    for system, table in (("topk", ""), ("topk+lookup", "unigram")):
+    for system, table in (("topk", ""), ("topk+lookup", "half")):
         row = df[(df.system == system) & (df.k == K) & (df.seed == SEED)].iloc[0]
         arms[system] = Arm(system, int(row.d_sae), K, float(row.lr), table)
     evaluator = tu.Evaluator(lab.lm, lab.rows("heldout", lab.p.eval_tokens), lab.hook(lab.layer))

@@ -26,7 +26,7 @@ def lab(tmp_path, texts, monkeypatch) -> Lab:
 
 
 def test_training_is_cached_by_configuration(lab, monkeypatch):
-    arm = Arm("topk+lookup", 32, 2, 1e-2, "unigram")
+    arm = Arm("topk+lookup", 32, 2, 1e-2, "half")
     first = lab.train_or_load({"a": arm}, 1, 0, 1024)["a"]
     trained = []
     monkeypatch.setattr(tu, "train", lambda saes, *_: trained.append(list(saes)) or [{"system": n} for n in saes])
@@ -41,10 +41,13 @@ def test_training_is_cached_by_configuration(lab, monkeypatch):
 
 def test_tables_of_the_arms(lab):
     unigrams = lab.unigrams(1)
-    zero, shuffled, plain = (lab._new_sae(Arm("x", 32, 2, 1e-2, t), 1, 0) for t in ("zero", "shuffled", ""))
+    zero, half, shuffled, plain = (lab._new_sae(Arm("x", 32, 2, 1e-2, t), 1, 0) for t in ("zero", "half", "half-shuffled", ""))
     assert zero.lookup.W.abs().sum() == 0 and plain.lookup is None
+    assert torch.equal(half.lookup.W, unigrams / 2) and torch.equal(half.W_enc, half.W_dec.T / 2)
+    assert torch.equal(plain.W_enc, plain.W_dec.T)
     rows = shuffled.lookup.W
-    assert not torch.equal(rows, unigrams) and torch.equal(rows.sort(0).values, unigrams.sort(0).values), "the same rows, elsewhere"
+    assert not torch.equal(rows, half.lookup.W)
+    assert torch.equal(rows.sort(0).values, half.lookup.W.sort(0).values), "the same rows, elsewhere"
 
 
 def test_splits_of_another_corpus_are_disjoint(lab):
