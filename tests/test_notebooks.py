@@ -148,7 +148,7 @@ def test_readme_links_and_commands_exist():
         link = target[0] or target[1]
         assert link.startswith("http") or (ROOT / link).exists(), link
     makefile = (ROOT / "Makefile").read_text()
-    for target in set(re.findall(r"make ([a-z]+)\b", text)):
+    for target in set(re.findall(r"(?:`|^    )make ([a-z]+)\b", text, re.M)):
         assert re.search(rf"^{target}:", makefile, re.M) or (target.startswith("fig") and "fig%:" in makefile), target
 
 
