@@ -543,7 +543,7 @@ class TSAE(nn.Module):
         """Reconstruct activations x_BD that sit on tokens_BN (last column: the current token)."""
         if self.cfg.activation == "relu":
             with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.bf16):
-                acts = F.linear(x_BD - self.b_dec, self.W_enc_FD, self.b_enc).relu()
+                acts = self.encode(x_BD)
                 x_hat = acts @ self.W_dec
             index = torch.arange(self.cfg.d_sae, device=x_BD.device).expand(len(x_BD), -1)
             return TSAEOutput(self._add_rows(x_hat.float() + self.b_dec, tokens_BN), acts.float(), index)
