@@ -15,14 +15,16 @@ Axes: R rows, L sequence, B batch (tokens), D d_in, F d_sae, V vocabulary, K act
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import math
 import os
 import re
 import shutil
+import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from itertools import islice
@@ -40,7 +42,7 @@ from tqdm.auto import tqdm
 # 1  Configuration
 # ---------------------------------------------------------------------------------------------
 
-ACTIVATIONS = ("topk", "relu")
+ACTIVATIONS = ("topk", "batchtopk", "relu", "gated")  # and jumprelu, which is read and written but not trained
 
 
 @dataclass(frozen=True)
@@ -49,9 +51,9 @@ class TSAEConfig:
 
     d_in: int  # width of the residual stream
     d_sae: int  # number of features; the paper: 16 x d_in (GPT-2), 8 x d_in (Pythia)
-    activation: str = "topk"  # topk or relu
-    k: int = 16  # active features a token (topk)
-    l1_coefficient: float = 0.0  # weight of sum_f a_f ||W_dec[f]||, on the loss of eq. 2 (relu)
+    activation: str = "topk"  # one of ACTIVATIONS
+    k: int = 16  # active features a token (topk), on average over a batch (batchtopk)
+    l1_coefficient: float = 0.0  # weight of sum_f a_f ||W_dec[f]|| beside the squared error (relu, gated)
     encoder_scale: float = 1.0  # W_enc starts as this times W_dec^T; the authors' code: 1, with a table 0.5
     seed: int = 0  # of the initialisation
     model_name: str = ""
@@ -59,11 +61,11 @@ class TSAEConfig:
     context_size: int = 0  # tokens a row, BOS included
 
     def __post_init__(self) -> None:
-        if self.activation not in ACTIVATIONS:
+        if self.activation not in (*ACTIVATIONS, "jumprelu"):
             raise ValueError(f"unknown activation {self.activation!r}: expected one of {', '.join(ACTIVATIONS)}")
         if self.d_in < 1 or self.d_sae < 0:
             raise ValueError(f"d_in = {self.d_in} and d_sae = {self.d_sae} must be positive")
-        if self.activation == "topk" and not 0 <= self.k <= self.d_sae:
+        if self.activation in ("topk", "batchtopk") and not 0 <= self.k <= self.d_sae:
             raise ValueError(f"k = {self.k} must lie between 0 and d_sae = {self.d_sae}: lower k or widen the SAE")
         if self.l1_coefficient < 0:
             raise ValueError(f"l1_coefficient = {self.l1_coefficient} must not be negative")
@@ -77,7 +79,10 @@ class TrainConfig:
     lr: float = 3e-3  # Adam, for encoder and decoder; the authors' code: 1e-4
     lr_lookup: float = 1e-2  # Adam, for the table; the authors' code: 1e-2 (TopK only, 1e-4 elsewhere)
     lr_end: float = 0.0  # cosine from lr to this share of it; the authors' code: 0.3
-    l1_warmup: float = 0.05  # share of the steps over which the L1 coefficient rises (relu)
+    l1_warmup: float = 0.05  # share of the steps over which the L1 coefficient rises (relu, gated); the paper: 5 %
+    aux_k: int = 0  # dead features that model the error (AuxK of Gao et al. 2024); the authors: none
+    aux_coefficient: float = 1 / 32  # weight of that second squared error (Gao et al.)
+    aux_window: int = 100_000  # dead for AuxK: fired on none of the last so many tokens
     dead_window: int = 500_000  # a feature is dead when it fired on none of the last so many tokens
 
     def __post_init__(self) -> None:
@@ -88,6 +93,17 @@ class TrainConfig:
 # ---------------------------------------------------------------------------------------------
 # 2  Language model and tokens
 # ---------------------------------------------------------------------------------------------
+
+
+def keep_freed_memory() -> None:
+    """Ask glibc to keep freed memory for the next batch: on a CPU every fresh [B, F] is otherwise paid for page by page.
+
+    For programs whose main work is training or harvesting (1.5x to 2x there); the process stays at its peak size. Does
+    nothing with another C library.
+    """
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
+        for option, value in ((-1, -1), (-2, 2**26), (-4, 0)):  # never trim, grow by 64 MiB, no mmap for large blocks
+            libc.mallopt(option, value)
 
 
 class _Stop(Exception):  # ends a forward pass once the last wanted layer is read
@@ -202,24 +218,25 @@ class LanguageModel:
         return found
 
     @torch.no_grad()
-    def losses(self, ids_RL: Tensor, layer: int = 0, x_RLD: Tensor | None = None, where_RL: Tensor | None = None) -> Tensor:
+    def losses(self, ids_RL: Tensor, layer: int = 0, x_RLD: Tensor | None = None) -> Tensor:
         """Cross-entropy [R, L-1] in nats (fp32) of every next token.
 
-        With `x_RLD` the residual stream entering `layer` is replaced by it at positions `where_RL`; the mean that
-        centring took away is put back, so x equal to `activations` changes nothing.
+        With `x_RLD` the residual stream entering `layer` is replaced by it, and the blocks before are not run. The mean
+        that centring took away is not put back: every LayerNorm subtracts it.
         """
 
-        def replace(raw):
-            mean = raw.mean(-1, keepdim=True) if self.centred else 0.0
-            return torch.where(where_RL.unsqueeze(-1), x_RLD + mean, raw)
-
-        handles = [] if x_RLD is None else [self._hook(layer, replace)]
+        handles = [] if x_RLD is None else [self._hook(layer, lambda raw: x_RLD)]
+        skipped = [] if x_RLD is None else self.blocks[:layer]
+        for block in skipped:  # an attribute of the instance hides the method of its class
+            block.forward = lambda *args, **kwargs: args[0] if args else kwargs["hidden_states"]
         ids_RL = ids_RL.to(self.device)
         try:
             logits = self.model(input_ids=ids_RL, use_cache=False).logits.float()
         finally:
             for handle in handles:
                 handle.remove()
+            for block in skipped:
+                del block.forward
         targets = F.pad(ids_RL[:, 1:], (0, 1))  # the last column has no target and is cut off: no copy of the logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(ids_RL.shape)[:, :-1]
 
@@ -439,62 +456,83 @@ def unigram_activations(lm: LanguageModel, hook_name: str, batch: int = 2048, pr
 CPU_CHUNK = 2**21  # pre-activations computed at once: they should fit the cache
 
 
-def _transposed_bag(order: Tensor, offsets: Tensor, weights_BK: Tensor, x_BD: Tensor) -> Tensor:
-    """sum over (b, j) with index[b, j] = f of weights[b, j] x[b], for every f: [F, D]."""
-    return F.embedding_bag(order // weights_BK.shape[1], x_BD, offsets, mode="sum", per_sample_weights=weights_BK.flatten()[order])
+def _top_of_tokens(pre: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs (value, feature, row) of the k largest pre-activations of every token; `pre` comes in parts."""
+    values, index = (torch.cat(t) for t in zip(*(part.topk(k, dim=-1, sorted=False) for part in pre), strict=True))
+    return values.flatten(), index.flatten(), torch.arange(len(index), device=index.device).repeat_interleave(k)
 
 
-class _SparseTopK(torch.autograd.Function):
-    """(x_hat without table [B, D], values [B, K], index [B, K]) of a TopK SAE; W_enc_FD and W_dec_FD are row-major.
+def _top_of_batch(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs (value, feature, row) of the B k largest positive pre-activations of the batch, by row (Bussmann et al. 2024)."""
+    flat, n = pre_BF.flatten(), len(pre_BF) * k
+    sample = flat[:: max(1, len(flat) // 2**17)]  # a first guess at the threshold saves sorting all of them
+    guess = sample.topk(min(len(sample), math.ceil(1.2 * n * len(sample) / len(flat)))).values[-1].clamp(min=0)
+    at = (flat > guess).nonzero().squeeze(-1)
+    if len(at) < n:
+        at = (flat > 0).nonzero().squeeze(-1)
+    at = at[flat[at].topk(min(n, len(at)), sorted=False).indices].sort().values
+    return flat[at], at % pre_BF.shape[1], at // pre_BF.shape[1]
 
-    Only the pre-activations are dense. Values, decoder and both weight gradients touch the K active features:
-    with pairs (b, j) sorted by feature, a weight gradient is a bag sum over the rows of x or of the output gradient.
+
+class _Sparse(torch.autograd.Function):
+    """(x_hat without table [B, D], values, feature and row of the P active pairs) of a TopK or BatchTopK SAE.
+
+    Only the pre-activations are dense. Values, decoder and both weight gradients touch the active pairs alone: with
+    pairs sorted by feature, a weight gradient is a bag sum over rows of x or of the output gradient.
     """
 
     @staticmethod
-    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, k, bf16):
+    def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, k, of_batch, bf16):
         x_c = x - b_dec
         dtype = torch.bfloat16 if bf16 else x.dtype
         xs, W, b = x_c.to(dtype), W_enc.to(dtype).T, b_enc.to(dtype)
         rows = len(x) if x.is_cuda else max(1, CPU_CHUNK // len(W_enc))  # B x F at once is all page faults on a CPU
-        kept = [torch.addmm(b, part, W).topk(k, dim=-1, sorted=False) for part in xs.split(rows)]
-        values, index = (torch.cat(t) for t in zip(*kept, strict=True))
+        pre = (torch.addmm(b, part, W) for part in xs.split(rows))
+        values, feature, row = _top_of_batch(torch.cat(list(pre)), k) if of_batch else _top_of_tokens(pre, k)
         values = values.to(x.dtype).relu_()  # SAELens: top k, then ReLU; the authors' code keeps negative ones
-        x_hat = F.embedding_bag(index, W_dec, mode="sum", per_sample_weights=values) + b_dec
-        ctx.save_for_backward(x_c, W_enc, W_dec, values, index)
-        ctx.mark_non_differentiable(index)
-        return x_hat, values, index
+        bags = torch.searchsorted(row, torch.arange(len(x), device=x.device))
+        x_hat = F.embedding_bag(feature, W_dec, bags, mode="sum", per_sample_weights=values) + b_dec
+        ctx.save_for_backward(x_c, W_enc, W_dec, values, feature, row, bags)
+        ctx.mark_non_differentiable(values, feature, row)
+        return x_hat, values, feature, row
 
     @staticmethod
-    def backward(ctx, g, g_values, _):
-        x_c, W_enc, W_dec, values, index = ctx.saved_tensors
-        with torch.enable_grad():  # embedding_bag's own gradient for the weights of its sum: g . W_dec[index]
+    def backward(ctx, g, *_):
+        x_c, W_enc, W_dec, values, feature, row, bags = ctx.saved_tensors
+        with torch.enable_grad():  # embedding_bag's own gradient for the weights of its sum: g . W_dec[feature]
             v = values.detach().requires_grad_()
-            out = F.embedding_bag(index, W_dec.detach(), mode="sum", per_sample_weights=v)
-        d_values = (torch.autograd.grad(out, v, g)[0] + g_values) * (values > 0)
-        feature, order = index.flatten().sort(stable=True)
-        offsets = torch.searchsorted(feature, torch.arange(len(W_enc), device=feature.device))
-        d_W_enc = _transposed_bag(order, offsets, d_values, x_c)
-        d_W_dec = _transposed_bag(order, offsets, values, g)
-        d_b_enc = torch.zeros(len(W_enc), device=g.device, dtype=g.dtype).index_add_(0, index.flatten(), d_values.flatten())
+            out = F.embedding_bag(feature, W_dec.detach(), bags, mode="sum", per_sample_weights=v)
+        d_values = torch.autograd.grad(out, v, g)[0] * (values > 0)
+        by_feature, order = feature.sort(stable=True)
+        starts = torch.searchsorted(by_feature, torch.arange(len(W_enc), device=g.device))
+        rows = row[order]
+        d_W_enc = F.embedding_bag(rows, x_c, starts, mode="sum", per_sample_weights=d_values[order])
+        d_W_dec = F.embedding_bag(rows, g, starts, mode="sum", per_sample_weights=values[order])
+        d_b_enc = torch.zeros(len(W_enc), device=g.device, dtype=g.dtype).index_add_(0, feature, d_values)
         d_b_dec = g.sum(0) - d_b_enc @ W_enc
-        d_x = F.embedding_bag(index, W_enc, mode="sum", per_sample_weights=d_values) if ctx.needs_input_grad[0] else None
-        return d_x, d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None
+        d_x = F.embedding_bag(feature, W_enc, bags, mode="sum", per_sample_weights=d_values) if ctx.needs_input_grad[0] else None
+        return d_x, d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None, None
 
 
 class TSAEOutput(NamedTuple):
-    """x_hat [B, D] with the table's row; active features as (values [B, K], index [B, K]), zeros are inactive."""
+    """What a forward pass gives. The last two are computed in training mode only, else 0."""
 
-    x_hat: Tensor
-    values: Tensor
-    index: Tensor
+    x_hat: Tensor  # [B, D], the table's row included
+    l0: Tensor  # active features of each token [B]
+    fired: Tensor  # whether a feature was active on any token [F]
+    sparsity: Tensor  # mean over tokens of sum_f a_f ||W_dec[f]||, a the gate's for gated; 0 for topk and batchtopk
+    auxiliary: Tensor  # gated: squared error of the gate's own reconstruction, decoder and table frozen; else 0
 
 
 class TSAE(nn.Module):
     """Tokenized SAE (eq. 1 and 2); without a table the same class is the baseline.
 
-        f(a_t)  = TopK or ReLU (W_enc (a_t - b_dec) + b_enc)
+        f(a_t)  = act(W_enc (a_t - b_dec) + b_enc)
         a_hat_t = W_dec f(a_t) + b_dec + W_lookup[t]
+
+    act: `topk` the k largest, then ReLU; `batchtopk` the k B largest of a batch in training mode, above a running
+    threshold otherwise; `relu`; `gated` relu(exp(r_mag) p + b_mag) where p + b_gate > 0, p = W_enc (a_t - b_dec);
+    `jumprelu` what lies above each feature's threshold.
 
     Encoder and decoder are stored with a feature a row; `W_enc` [d_in, d_sae] shows the usual view.
     Decoder rows start with unit norm (random directions) and are free afterwards; W_enc starts as
@@ -510,10 +548,13 @@ class TSAE(nn.Module):
         W_dec = F.normalize(torch.randn(cfg.d_sae, cfg.d_in, generator=generator), dim=-1)
         self.W_dec = nn.Parameter(W_dec)  # [d_sae, d_in]
         self.W_enc_FD = nn.Parameter(cfg.encoder_scale * W_dec)
-        self.b_enc = nn.Parameter(torch.zeros(cfg.d_sae))
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
+        for name in ("b_gate", "b_mag", "r_mag") if cfg.activation == "gated" else ("b_enc",):
+            setattr(self, name, nn.Parameter(torch.zeros(cfg.d_sae)))
+        if cfg.activation in ("batchtopk", "jumprelu"):
+            self.register_buffer("threshold", torch.zeros(cfg.d_sae))
         self.register_buffer("tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64), persistent=False)
-        self.bf16 = False  # bf16 for the encoder's product; `train` turns it on where it is fast
+        self.bf16 = False  # bf16 for the big products in training mode; `train` turns it on where it is fast
 
     @property
     def W_enc(self) -> Tensor:
@@ -521,46 +562,84 @@ class TSAE(nn.Module):
         return self.W_enc_FD.T
 
     def pre_activations(self, x_BD: Tensor) -> Tensor:
-        """W_enc (x - b_dec) + b_enc for every feature [B, F], in fp32."""
-        return F.linear(x_BD - self.b_dec, self.W_enc_FD, self.b_enc)
+        """W_enc (x - b_dec) + b_enc for every feature [B, F]; b_gate in the place of b_enc for gated."""
+        return F.linear(x_BD - self.b_dec, self.W_enc_FD, self.b_gate if self.cfg.activation == "gated" else self.b_enc)
+
+    def activate(self, pre_BF: Tensor) -> Tensor:
+        """Feature activations [B, F] of pre-activations, as outside training."""
+        match self.cfg.activation:
+            case "topk":
+                values, index = pre_BF.topk(self.cfg.k, dim=-1)
+                return torch.zeros_like(pre_BF).scatter_(-1, index, values.relu())
+            case "relu":
+                return pre_BF.relu()
+            case "gated":
+                return ((pre_BF - self.b_gate) * self.r_mag.exp() + self.b_mag).relu() * (pre_BF > 0)
+        return pre_BF.relu() * (pre_BF > self.threshold)
 
     def encode(self, x_BD: Tensor) -> Tensor:
         """Feature activations [B, F], dense."""
-        pre = self.pre_activations(x_BD)
-        if self.cfg.activation == "relu":
-            return pre.relu()
-        values, index = pre.topk(self.cfg.k, dim=-1)
-        return torch.zeros_like(pre).scatter_(-1, index, values.relu())
+        return self.activate(self.pre_activations(x_BD))
 
     def decode(self, acts_BF: Tensor, tokens_BN: Tensor) -> Tensor:
         """Reconstruction [B, D] of dense activations, the tokens' rows included."""
-        return self._add_rows(acts_BF @ self.W_dec + self.b_dec, tokens_BN)
-
-    def _add_rows(self, x_hat_BD: Tensor, tokens_BN: Tensor) -> Tensor:
-        return x_hat_BD if self.lookup is None else x_hat_BD + self.lookup(tokens_BN)
+        x_hat = acts_BF @ self.W_dec + self.b_dec
+        return x_hat if self.lookup is None else x_hat + self.lookup(tokens_BN)
 
     def forward(self, x_BD: Tensor, tokens_BN: Tensor) -> TSAEOutput:
         """Reconstruct activations x_BD that sit on tokens_BN (last column: the current token)."""
-        if self.cfg.activation == "relu":
-            with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.bf16):
-                acts = self.encode(x_BD)
-                x_hat = acts @ self.W_dec
-            index = torch.arange(self.cfg.d_sae, device=x_BD.device).expand(len(x_BD), -1)
-            return TSAEOutput(self._add_rows(x_hat.float() + self.b_dec, tokens_BN), acts.float(), index)
-        if self.cfg.k == 0:  # the table alone
-            none = x_BD.new_zeros(len(x_BD), 0)
-            return TSAEOutput(self._add_rows(self.b_dec.expand_as(x_BD), tokens_BN), none, none.long())
-        x_hat, values, index = _SparseTopK.apply(x_BD, self.W_enc_FD, self.b_enc, self.W_dec, self.b_dec, self.cfg.k, self.bf16)
-        return TSAEOutput(self._add_rows(x_hat, tokens_BN), values, index)
+        row_BD = 0.0 if self.lookup is None else self.lookup(tokens_BN)
+        if self.cfg.d_sae == 0 or (self.cfg.k == 0 and self.cfg.activation == "topk"):  # the table alone
+            none, zero = torch.zeros(self.cfg.d_sae, dtype=torch.bool, device=x_BD.device), x_BD.new_zeros(())
+            return TSAEOutput(self.b_dec.expand_as(x_BD) + row_BD, x_BD.new_zeros(len(x_BD)), none, zero, zero)
+        if self.cfg.activation == "topk" or (self.cfg.activation == "batchtopk" and self.training):
+            return self._sparse(x_BD, row_BD)
+        return self._dense(x_BD, row_BD)
+
+    def _sparse(self, x_BD: Tensor, row_BD: Tensor | float) -> TSAEOutput:
+        of_batch = self.cfg.activation == "batchtopk"
+        x_hat, values, feature, row = _Sparse.apply(x_BD, self.W_enc_FD, self.b_enc, self.W_dec, self.b_dec, self.cfg.k, of_batch,
+                                                    self.bf16 and self.training)
+        active = values > 0
+        l0 = torch.zeros(len(x_BD), device=x_BD.device).index_add_(0, row, active.float())
+        fired = torch.zeros(self.cfg.d_sae, device=x_BD.device).index_add_(0, feature, active.float()) > 0
+        if of_batch and len(values):  # running mean of the smallest active value, as BatchNorm keeps its statistics
+            lowest = values.min()
+            self.threshold.copy_(torch.where(self.threshold > 0, torch.lerp(self.threshold, lowest, 0.01), lowest))
+        zero = x_BD.new_zeros(())
+        return TSAEOutput(x_hat + row_BD, l0, fired, zero, zero)
+
+    def _dense(self, x_BD: Tensor, row_BD: Tensor | float) -> TSAEOutput:
+        sparsity = auxiliary = x_BD.new_zeros(())
+        with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.bf16 and self.training):
+            pre = self.pre_activations(x_BD)
+            acts = self.activate(pre)
+            x_hat = (acts @ self.W_dec).to(x_BD.dtype)
+            if self.training and self.cfg.activation in ("relu", "gated"):
+                gate, norms = acts if self.cfg.activation == "relu" else pre.relu(), self.W_dec.norm(dim=-1)
+                sparsity = (gate @ norms.to(gate.dtype)).to(x_BD.dtype).mean()
+                if self.cfg.activation == "gated":
+                    frozen = (gate @ self.W_dec.detach()).to(x_BD.dtype) + self.b_dec.detach()
+                    frozen = frozen + (row_BD.detach() if self.lookup is not None else 0.0)
+                    auxiliary = (x_BD - frozen).square().sum(-1).mean()
+        active = acts.detach() > 0
+        return TSAEOutput(x_hat + self.b_dec + row_BD, active.sum(-1), active.any(0), sparsity, auxiliary)
+
+    def dead_features_error(self, x_BD: Tensor, x_hat_BD: Tensor, aux_k: int, window: int) -> Tensor:
+        """Squared error of modelling x - x_hat by the aux_k strongest dead features of each token (AuxK); 0 where none is dead."""
+        dead = (self.tokens_since_fired >= window).nonzero().squeeze(-1)
+        if len(dead) == 0:
+            return x_BD.new_zeros(())
+        pre = F.linear(x_BD - self.b_dec.detach(), self.W_enc_FD[dead], self.b_enc[dead])
+        values, index = pre.topk(min(aux_k, len(dead)), dim=-1, sorted=False)
+        modelled = F.embedding_bag(index, self.W_dec[dead], mode="sum", per_sample_weights=values.relu())
+        return (x_BD - x_hat_BD.detach() - modelled).square().sum(-1).mean()
 
     @torch.no_grad()
     def count_firing_(self, out: TSAEOutput) -> None:
         """Update tokens_since_fired [F], counted in tokens."""
-        self.tokens_since_fired += len(out.values)
-        if self.cfg.activation == "relu":
-            self.tokens_since_fired[(out.values > 0).any(0)] = 0
-        else:
-            self.tokens_since_fired[out.index[out.values > 0]] = 0
+        self.tokens_since_fired += len(out.x_hat)
+        self.tokens_since_fired[out.fired] = 0
 
     def dead_fraction(self, window: int) -> float:
         """Share of features that fired on none of the last `window` training tokens."""
@@ -572,34 +651,38 @@ class TSAE(nn.Module):
 # ---------------------------------------------------------------------------------------------
 
 
-def loss_terms(sae: TSAE, x_BD: Tensor, out: TSAEOutput) -> tuple[Tensor, Tensor]:
-    """(squared error summed over d, mean over the batch; L1 of activations times decoder norms, 0 for TopK)."""
-    mse = (x_BD - out.x_hat).square().sum(-1).mean()
-    if sae.cfg.activation != "relu":
-        return mse, mse.new_zeros(())
-    return mse, (out.values @ sae.W_dec.norm(dim=-1)).mean()
-
-
 def optimiser_for(sae: TSAE, cfg: TrainConfig) -> torch.optim.Adam:
     """Adam (0.9, 0.999) in two groups: the SAE at `lr`, the table at `lr_lookup`."""
-    groups = [{"params": [sae.W_enc_FD, sae.b_enc, sae.W_dec, sae.b_dec], "lr": cfg.lr, "base_lr": cfg.lr}]
+    own = [p for name, p in sae.named_parameters() if not name.startswith("lookup.")]
+    groups = [{"params": own, "lr": cfg.lr, "base_lr": cfg.lr}]
     if sae.lookup is not None and sae.lookup.W.requires_grad:
         groups.append({"params": [sae.lookup.W], "lr": cfg.lr_lookup, "base_lr": cfg.lr_lookup})
     return torch.optim.Adam(groups, fused=sae.W_dec.device.type != "mps")
 
 
+def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
+    """||x - x_hat||^2, mean over the batch (the authors' loss)."""
+    return (x_BD - x_hat_BD).square().sum(-1).mean()
+
+
 def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig | Mapping[str, TrainConfig], *,
-          log_every: int = 20, progress: bool = True) -> list[dict]:
+          log_every: int = 20, progress: bool = True, after_step: Callable[[int], None] | None = None) -> list[dict]:
     """Train every SAE in place on the same batches; the language model runs once for all of them.
 
     `cfg` is one TrainConfig or one for each name (equal `tokens`). Returns the history: a row for each SAE every
     `log_every` steps and at the last (`system, step, tokens, loss, nmse, l0, dead_fraction, seconds`), seconds being
-    the time spent on that SAE alone. Raises FloatingPointError naming the SAE whose loss is not finite.
+    the time spent on that SAE alone. `after_step(step)` is called after every step, to measure or save on the way.
+    Afterwards the SAEs are in evaluation mode. Raises ValueError for an SAE that cannot be trained as configured,
+    FloatingPointError naming the SAE whose loss is not finite.
     """
     cfgs = {name: cfg if isinstance(cfg, TrainConfig) else cfg[name] for name in saes}
     if len({c.tokens for c in cfgs.values()}) > 1:
         raise ValueError("SAEs trained together see the same tokens: give them the same `tokens`")
-    for sae in saes.values():
+    for name, sae in saes.items():
+        if sae.cfg.activation not in ACTIVATIONS:
+            raise ValueError(f"{name!r} is a {sae.cfg.activation} SAE, which is for loading: train batchtopk instead")
+        if cfgs[name].aux_k and sae.cfg.activation not in ("topk", "batchtopk"):
+            raise ValueError(f"{name!r}: aux_k is for topk and batchtopk, not {sae.cfg.activation}")
         if sae.lookup is not None and hasattr(stream, "lm"):
             sae.lookup.check_vocabulary(stream.lm.n_vocab)
     steps = max(1, next(iter(cfgs.values())).tokens // stream.batch_size)
@@ -621,10 +704,12 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
                     seen = (step + 1) * stream.batch_size
                     history.append({"system": name, "step": step, "tokens": seen, **row, "seconds": seconds[name]})
             bar.update(stream.batch_size)
+            if after_step is not None:
+                after_step(step)
     finally:  # an interrupted SAE is as usable as a finished one
         bar.close()
         for sae in saes.values():
-            sae.bf16 = False
+            sae.eval()
     return history
 
 
@@ -633,6 +718,7 @@ def _start_(sae: TSAE, x: Tensor, tokens: Tensor) -> None:
     """b_dec starts at the mean of what the table leaves (not stated in the paper; the same rule for every system)."""
     sae.b_dec.copy_((x if sae.lookup is None else x - sae.lookup(tokens)).mean(0))
     sae.bf16 = fast_bf16(x.device)
+    sae.train()
 
 
 def _step_(sae: TSAE, opt: torch.optim.Adam, cfg: TrainConfig, x: Tensor, tokens: Tensor, done: float, log: bool) -> dict:
@@ -640,8 +726,10 @@ def _step_(sae: TSAE, opt: torch.optim.Adam, cfg: TrainConfig, x: Tensor, tokens
     for group in opt.param_groups:
         group["lr"] = group["base_lr"] * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
     out = sae(x, tokens)
-    mse, l1 = loss_terms(sae, x, out)
-    loss = mse + sae.cfg.l1_coefficient * min(1.0, done / cfg.l1_warmup if cfg.l1_warmup else 1.0) * l1
+    warm = min(1.0, done / cfg.l1_warmup if cfg.l1_warmup else 1.0)
+    loss = squared_error(x, out.x_hat) + sae.cfg.l1_coefficient * warm * out.sparsity + out.auxiliary
+    if cfg.aux_k:
+        loss = loss + cfg.aux_coefficient * sae.dead_features_error(x, out.x_hat, cfg.aux_k, cfg.aux_window)
     opt.zero_grad()
     loss.backward()
     opt.step()
@@ -650,8 +738,7 @@ def _step_(sae: TSAE, opt: torch.optim.Adam, cfg: TrainConfig, x: Tensor, tokens
         return {}
     with torch.no_grad():
         nmse = ((x - out.x_hat).square().sum(-1) / x.square().sum(-1)).mean().item()
-        l0 = (out.values > 0).float().sum(-1).mean().item()
-    return {"loss": loss.item(), "nmse": nmse, "l0": l0, "dead_fraction": sae.dead_fraction(cfg.dead_window)}
+    return {"loss": loss.item(), "nmse": nmse, "l0": out.l0.float().mean().item(), "dead_fraction": sae.dead_fraction(cfg.dead_window)}
 
 
 # ---------------------------------------------------------------------------------------------
@@ -693,7 +780,7 @@ class Evaluator:
         x = [lm.activations(self.rows[b], [self.layer], bf16=False)[self.layer] for b in self.batches]
         self.x = refuse_nan(torch.cat(x), hook_name)
         self.ce_clean = self._cross_entropy(None)
-        self.ce_zero = self._cross_entropy(torch.zeros_like(self.x))
+        self.ce_zero = self._cross_entropy(self.x.masked_fill(self.keep.to(self.x.device).unsqueeze(-1), 0.0))
 
     @property
     def x_BD(self) -> Tensor:
@@ -706,10 +793,7 @@ class Evaluator:
         return self.rows[self.keep].unsqueeze(-1).to(self.x.device)
 
     def _cross_entropy(self, x_hat_RLD: Tensor | None) -> float:
-        losses, where = [], self.keep.to(self.x.device)
-        for b in self.batches:
-            x_hat = None if x_hat_RLD is None else x_hat_RLD[b]
-            losses.append(self.lm.losses(self.rows[b], self.layer, x_hat, where[b]))
+        losses = [self.lm.losses(self.rows[b], self.layer, None if x_hat_RLD is None else x_hat_RLD[b]) for b in self.batches]
         return torch.cat(losses)[self.predicted.to(self.x.device)].mean().item()
 
     @torch.no_grad()
@@ -717,11 +801,13 @@ class Evaluator:
         if sae.lookup is not None:
             sae.lookup.check_vocabulary(self.lm.n_vocab)
         x_BD, tokens_BN, where = self.x_BD, self.tokens_BN, self.keep.to(self.x.device)
-        parts, active = [], 0
+        parts, active, was_training = [], 0, sae.training
+        sae.eval()
         for x, t in zip(x_BD.split(4096), tokens_BN.split(4096), strict=True):
             out = sae(x, t)
             parts.append(out.x_hat)
-            active += int((out.values > 0).sum())
+            active += int(out.l0.sum())
+        sae.train(was_training)
         x_hat_BD, x_hat = torch.cat(parts), self.x.clone()
         x_hat[where] = x_hat_BD
         ce_patched, l0 = self._cross_entropy(x_hat), active / len(x_BD)
@@ -737,7 +823,13 @@ class Evaluator:
 # ---------------------------------------------------------------------------------------------
 
 FILES = ("cfg.json", "sae_weights.safetensors", "token_lookup.safetensors")
-WEIGHTS = ("W_enc", "b_enc", "W_dec", "b_dec")  # all a SAELens file may hold; the table has a file of its own
+ARCHITECTURES = {"topk": "topk", "relu": "standard", "gated": "gated", "batchtopk": "jumprelu", "jumprelu": "jumprelu"}  # SAELens's
+
+
+def _weights(architecture: str) -> tuple[str, ...]:
+    """All that a SAELens file of this architecture may hold; the table has a file of its own."""
+    own = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}.get(architecture, ("b_enc",))
+    return "W_enc", "W_dec", "b_dec", *own
 
 
 def save(sae: TSAE, folder: str | Path, metadata: Mapping | None = None, dtype: torch.dtype = torch.float32) -> Path:
@@ -753,7 +845,7 @@ def save(sae: TSAE, folder: str | Path, metadata: Mapping | None = None, dtype: 
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     cfg = {
-        "architecture": {"topk": "topk", "relu": "standard"}[sae.cfg.activation], "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae,
+        "architecture": ARCHITECTURES[sae.cfg.activation], "d_in": sae.cfg.d_in, "d_sae": sae.cfg.d_sae,
         "dtype": str(dtype).removeprefix("torch."), "device": "cpu", "apply_b_dec_to_input": True,
         "normalize_activations": "none", "reshape_activations": "none",
         **({"k": sae.cfg.k, "rescale_acts_by_decoder_norm": False} if sae.cfg.activation == "topk" else {}),
@@ -764,7 +856,8 @@ def save(sae: TSAE, folder: str | Path, metadata: Mapping | None = None, dtype: 
         },
     }
     (partial / "cfg.json").write_text(json.dumps(cfg, indent=1))
-    save_file({n: getattr(sae, n).detach().to("cpu", dtype).contiguous() for n in WEIGHTS}, partial / "sae_weights.safetensors")
+    weights = {n: getattr(sae, n).detach().to("cpu", dtype).contiguous() for n in _weights(cfg["architecture"])}
+    save_file(weights, partial / "sae_weights.safetensors")
     if sae.lookup is not None:
         save_file({"W_lookup": sae.lookup.W.detach().to("cpu", dtype).contiguous()}, partial / "token_lookup.safetensors")
     old = partial.with_suffix(".old")
@@ -809,21 +902,24 @@ def read_cfg(folder: str | Path) -> dict:
 def load(folder: str | Path, device: str | torch.device = "cpu") -> TSAE:
     """Load a saved SAE or TSAE, weights as fp32. Raises FileNotFoundError or ValueError with what is wrong."""
     folder, raw = Path(folder), read_cfg(folder)
-    activation = {"topk": "topk", "standard": "relu"}.get(raw["architecture"])
-    if activation is None:
-        raise ValueError(f"{folder}/cfg.json: architecture {raw['architecture']!r} is not one of topk, standard")
+    known = {"topk": "topk", "standard": "relu", "gated": "gated", "jumprelu": "jumprelu"}
+    if raw["architecture"] not in known:
+        raise ValueError(f"{folder}/cfg.json: architecture {raw['architecture']!r} is not one of {', '.join(known)}")
     meta = raw.get("metadata", {})
     tokenized = meta.get("tokenized", {})
     own = {k: v for k, v in tokenized.get("config", {}).items() if k in ("l1_coefficient", "encoder_scale", "seed")}
-    cfg = TSAEConfig(d_in=raw["d_in"], d_sae=raw["d_sae"], activation=activation, k=raw.get("k", 0), **own,
+    activation, k = known[raw["architecture"]], raw.get("k", 0)
+    if activation == "jumprelu" and tokenized.get("config", {}).get("activation") == "batchtopk":
+        activation, k = "batchtopk", tokenized["config"]["k"]
+    cfg = TSAEConfig(d_in=raw["d_in"], d_sae=raw["d_sae"], activation=activation, k=k, **own,
                      **{k: meta[k] for k in ("model_name", "hook_name", "context_size") if k in meta})
-    shapes = {"W_enc": (cfg.d_in, cfg.d_sae), "b_enc": (cfg.d_sae,), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
+    sizes = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
+    shapes = {name: sizes.get(name, (cfg.d_sae,)) for name in _weights(raw["architecture"])}
     weights, lookup, table = _tensors(folder / "sae_weights.safetensors", shapes), None, folder / "token_lookup.safetensors"
     if tokenized.get("lookup", table.exists()):
         lookup = TokenLookup(_tensors(table, {"W_lookup": (None, cfg.d_in)})["W_lookup"])
     sae = TSAE(cfg, lookup)
     with torch.no_grad():
-        sae.W_enc_FD.copy_(weights["W_enc"].T)
-        for name in ("b_enc", "W_dec", "b_dec"):
+        for name in shapes:
             getattr(sae, name).copy_(weights[name])
-    return sae.to(device)
+    return sae.to(device).eval()

@@ -16,7 +16,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -42,6 +42,7 @@ os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # nothing is sent anywh
 import tsae_utils as tu  # noqa: E402
 from testbed import corpus as testbed_corpus  # noqa: E402
 
+tu.keep_freed_memory()
 transformers_logging.set_verbosity_error()
 transformers_logging.disable_progress_bar()
 
@@ -63,15 +64,17 @@ class Profile:
     expansion: int = 16
     ks: tuple[int, ...] = (4, 8, 16, 32, 64)
     k: int = 16  # where one k is enough
-    l1_coefficient: float = 3.0  # relu SAEs of figure 3
+    l1_coefficients: tuple[float, ...] = (2.0, 4.0, 8.0)  # relu SAEs of figure 3: searched together with relu_lrs
+    relu_lrs: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
     tokens: int = 2_000_000  # activations each SAE sees
     probe_tokens: int = 500_000  # the SAEs of figures 2 and 3, nine each for every system
     batch_size: int = 4096
     buffer_tokens: int = 2**17
-    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2)  # the grid of every system
+    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # the grid of every system
     lr_tokens: int = 1_000_000  # a run of the search
     eval_tokens: int = 24_000  # held-out tokens for cross-entropy
+    curve_points: int = 12  # measurements on the way, figure 10
     ngram_tokens: int = 20_000_000  # figure 1: at most
     ngrams: int = 20_000  # figures 2 and 3: at most so many bigrams
     patch_rows: int = 64  # figure 5: held-out rows
@@ -101,6 +104,7 @@ SYSTEMS = {
     "topk-size-matched": {"color": "#56B4E9", "marker": "^", "linestyle": "--"},
     "topk-k+1": {"color": "#009E73", "marker": "v", "linestyle": "--"},
     "topk+shuffled-lookup": {"color": "#CC79A7", "marker": "X", "linestyle": ":"},
+    "topk-half-encoder": {"color": "#999999", "marker": "<", "linestyle": "--"},
     "table-only": {"color": "#000000", "marker": "P", "linestyle": ":"},
     "relu": {"color": "#56B4E9", "marker": "D", "linestyle": "-"},
     "relu+lookup": {"color": "#E69F00", "marker": "d", "linestyle": "-"},
@@ -117,10 +121,20 @@ class Arm:
     d_sae: int
     k: int
     lr: float
-    table: str = ""  # "", unigram, half, zero or half-shuffled: see Lab._new_sae
     activation: str = "topk"
     l1_coefficient: float = 0.0
-    lr_lookup: float = 1e-2  # the authors' value for every table
+    start: str = ""  # rows of the table: "" no table, unigram A([BOS, t])_1, shuffled (over wrong tokens), mean (of the token), zero
+    table_scale: float = 1.0  # times that
+    encoder_scale: float = 1.0  # W_enc starts as this times W_dec^T
+    lr_lookup: float = 1e-2  # the authors' value for TopK's table
+    frozen: bool = False  # the table is not trained
+    aux_k: int = 0  # AuxK's dead features
+    curve: int = 0  # held-out tokens for measurements on the way, spaced logarithmically
+
+
+# Table and encoder at half scale, as in the authors' revised code: together they start at x, not at twice x
+HALF = {"table_scale": 0.5, "encoder_scale": 0.5}
+LOOKUP = {"start": "unigram", **HALF}
 
 
 def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
@@ -271,20 +285,28 @@ class Lab:
             partial.replace(path)
         return tu.load_file(path)["unigrams"].to(self.lm.device)
 
+    def token_means(self, layer: int) -> torch.Tensor:
+        """Mean activation of every token over a million training tokens [V, D]; the mean of all for tokens not seen."""
+        ids = self.train_rows[torch.linspace(0, len(self.train_rows) - 1, max(2, 10**6 // self.context_size)).long()].long()
+        total, count = torch.zeros(self.lm.n_vocab, self.lm.d_model), torch.zeros(self.lm.n_vocab)
+        for part in ids.split(32):
+            keep = tu.keep_mask(part, self.lm)
+            total.index_add_(0, part[keep], self.lm.activations(part, [layer])[layer][keep.to(self.lm.device)].cpu())
+            count += torch.bincount(part[keep], minlength=self.lm.n_vocab)
+        mean = total.sum(0) / count.sum()
+        return torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], mean).to(self.lm.device)
+
     def _new_sae(self, arm: Arm, layer: int, seed: int) -> tu.TSAE:
-        """An untrained SAE. Tables: `unigram` starts at A([BOS, t])_1; `half` at half of it with W_enc = W_dec^T / 2, as in the
-        authors' revised code (table and features together start at x, not at twice x); `half-shuffled` the same with the
-        rows over the wrong tokens; `zero` at zero."""
-        half = arm.table.startswith("half")
         cfg = tu.TSAEConfig(d_in=self.lm.d_model, d_sae=arm.d_sae, activation=arm.activation, k=arm.k, seed=seed,
-                            l1_coefficient=arm.l1_coefficient, encoder_scale=0.5 if half else 1.0, model_name=self.model_name,
+                            l1_coefficient=arm.l1_coefficient, encoder_scale=arm.encoder_scale, model_name=self.model_name,
                             hook_name=self.hook(layer), context_size=self.context_size)
-        if not arm.table:
+        if not arm.start:
             return tu.TSAE(cfg).to(self.lm.device)
-        table = self.unigrams(layer) * {"unigram": 1.0, "half": 0.5, "half-shuffled": 0.5, "zero": 0.0}[arm.table]
-        if arm.table == "half-shuffled":
+        table = self.token_means(layer) if arm.start == "mean" else self.unigrams(layer)
+        if arm.start == "shuffled":
             table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).to(table.device)]
-        return tu.TSAE(cfg, tu.TokenLookup(table)).to(self.lm.device)
+        scale = 0.0 if arm.start == "zero" else arm.table_scale
+        return tu.TSAE(cfg, tu.TokenLookup(scale * table, trainable=not arm.frozen)).to(self.lm.device)
 
     def train_or_load(self, arms: dict[str, Arm], layer: int, seed: int, tokens: int) -> dict[str, tu.TSAE]:
         """Trained SAEs by name. What the cache lacks is trained in one pass of the language model, then saved.
@@ -292,7 +314,8 @@ class Lab:
         Each SAE carries `record`: its dead fraction, seconds and the tokens it saw.
         """
         def folder(arm: Arm) -> Path:
-            key = [CACHE_VERSION, asdict(arm), layer, seed, tokens, self.p.batch_size, self.p.buffer_tokens, self.lm.fingerprint,
+            own = {f.name: getattr(arm, f.name) for f in fields(Arm) if getattr(arm, f.name) != f.default}  # a new field changes no key
+            key = [CACHE_VERSION, own, layer, seed, tokens, self.p.batch_size, self.p.buffer_tokens, self.lm.fingerprint,
                    self.lm.bf16, rows]
             return self.cache / "saes" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 
@@ -301,16 +324,19 @@ class Lab:
         with lock(self.cache / "saes" / f"{self.model_name}-{layer}-{seed}.lock"):
             missing = {n: a for n, a in arms.items() if not folder(a).exists()}
             if missing:
-                each = [a.d_sae * (2 * self.lm.d_model + 1) + bool(a.table) * self.lm.n_vocab * self.lm.d_model for a in missing.values()]
+                each = [a.d_sae * (2 * self.lm.d_model + 1) + bool(a.start) * self.lm.n_vocab * self.lm.d_model for a in missing.values()]
                 gib = 16 * sum(each) / 2**30  # fp32 weights, gradients and Adam's two moments
                 print(f"training {len(each)} SAEs: {sum(each) / 1e6:.1f}M parameters, {gib:.2f} GiB with Adam and gradients")
                 saes = {n: self._new_sae(a, layer, seed) for n, a in missing.items()}
                 window = min(tu.TrainConfig().dead_window, tokens // 4)
-                cfgs = {n: tu.TrainConfig(tokens=tokens, lr=a.lr, lr_lookup=a.lr_lookup, dead_window=window) for n, a in missing.items()}
+                cfgs = {n: tu.TrainConfig(tokens=tokens, lr=a.lr, lr_lookup=a.lr_lookup, aux_k=a.aux_k, aux_window=window // 5,
+                                          dead_window=window) for n, a in missing.items()}
                 stream = tu.ActivationStream(self.lm, self.train_rows, self.hook(layer), self.p.batch_size, self.p.buffer_tokens, seed)
-                history = {r["system"]: r for r in tu.train(saes, stream, cfgs)}
+                measured, after_step = self._measure_on_the_way(missing, saes, layer, tokens)
+                history = tu.train(saes, stream, cfgs, after_step=after_step)
                 for name, sae in saes.items():
-                    record = {**history[name], "dead_window": window, "arm": asdict(missing[name])}
+                    own = [{k: v for k, v in row.items() if k != "system"} for row in history if row["system"] == name]
+                    record = {**own[-1], "dead_window": window, "arm": asdict(missing[name]), "history": own, "curve": measured[name]}
                     tu.save(sae, folder(missing[name]), {"record": record})
         loaded = {}
         for name, arm in arms.items():
@@ -318,13 +344,31 @@ class Lab:
             loaded[name].record = tu.read_cfg(folder(arm))["metadata"]["tokenized"]["record"]
         return loaded
 
+    def _measure_on_the_way(self, arms: dict[str, Arm], saes: dict[str, tu.TSAE], layer: int, tokens: int):
+        """(rows by SAE, after_step for `train`): held-out measurements of the arms with `curve` at logarithmically spaced steps."""
+        rows, wanted = {n: [] for n in arms}, {n: a.curve for n, a in arms.items() if a.curve}
+        if not wanted:
+            return rows, None
+        steps = max(1, tokens // self.p.batch_size)
+        at = {int(s) for s in np.geomspace(1, steps, self.p.curve_points).round()}
+        evaluator = tu.Evaluator(self.lm, self.rows("heldout", max(wanted.values())), self.hook(layer))
+
+        def after_step(step: int) -> None:
+            if step + 1 in at:
+                for n in wanted:
+                    rows[n].append({"step": step + 1, "tokens": (step + 1) * self.p.batch_size, **evaluator(saes[n])})
+
+        for n in wanted:  # before the first step: initialisation may already win
+            rows[n].append({"step": 0, "tokens": 0, **evaluator(saes[n])})
+        return rows, after_step
+
     def committed_saes(self) -> dict[str, tu.TSAE]:
         """The trained pair of the repository; on a model other than the testbed a pair is trained instead."""
         folders = {name: ROOT / "testbed" / "saes" / name for name in ("topk", "topk+lookup")}
         if all(f.exists() and tu.read_cfg(f)["metadata"]["tokenized"]["model_hash"] == self.lm.fingerprint for f in folders.values()):
             return {name: tu.load(f, self.lm.device) for name, f in folders.items()}
         print("no trained pair for this model in the repository: training one")
-        arms = {s: Arm(s, self.d_sae, self.p.k, LEARNING_RATES[s], t) for s, t in (("topk", ""), ("topk+lookup", "half"))}
+        arms = {s: Arm(s, self.d_sae, self.p.k, LEARNING_RATES[s], **t) for s, t in (("topk", {}), ("topk+lookup", LOOKUP))}
         return self.train_or_load(arms, self.layer, self.p.seeds[0], self.p.tokens)
 
     # -- what a notebook leaves behind --

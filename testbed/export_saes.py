@@ -13,7 +13,7 @@ import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent / "notebooks"))
-from lab import Arm, Lab, tu  # noqa: E402
+from lab import LOOKUP, Arm, Lab, tu  # noqa: E402
 
 K, SEED = 16, 0
 
@@ -22,9 +22,9 @@ def main() -> None:
     lab = Lab("fig6_pareto", "record")
     df = lab.read_csv()
     arms = {}
-    for system, table in (("topk", ""), ("topk+lookup", "half")):
+    for system, table in (("topk", {}), ("topk+lookup", LOOKUP)):
         row = df[(df.system == system) & (df.k == K) & (df.seed == SEED)].iloc[0]
-        arms[system] = Arm(system, int(row.d_sae), K, float(row.lr), table)
+        arms[system] = Arm(system, int(row.d_sae), K, float(row.lr), **table)
     evaluator = tu.Evaluator(lab.lm, lab.rows("heldout", lab.p.eval_tokens), lab.hook(lab.layer))
     rows = []
     for name, sae in lab.train_or_load(arms, lab.layer, SEED, lab.p.tokens).items():

@@ -24,7 +24,7 @@ def raises(kind, text):
 @pytest.mark.parametrize(("settings", "text"), [
     ({"k": 11}, "k = 11 must lie between 0 and d_sae = 10"),
     ({"k": -1}, "k = -1 must lie"),
-    ({"activation": "tanh"}, "unknown activation 'tanh': expected one of topk, relu"),
+    ({"activation": "tanh"}, "unknown activation 'tanh': expected one of topk, batchtopk, relu, gated"),
     ({"d_in": 0}, "d_in = 0"),
     ({"l1_coefficient": -1.0}, "must not be negative"),
 ])
@@ -193,7 +193,7 @@ def test_round_trip(tmp_path, activation, vocab):
     sae = random_sae(vocab=vocab, activation=activation, hook_name=HOOK, model_name="m", context_size=16, l1_coefficient=0.5)
     again = tu.load(tu.save(sae, tmp_path / "s"))
     x, tokens = torch.randn(9, 6), torch.randint(7, (9, 1))
-    assert torch.equal(again(x, tokens).x_hat, sae(x, tokens).x_hat)
+    assert torch.equal(again(x, tokens).x_hat, sae.eval()(x, tokens).x_hat)
     assert (again.cfg.hook_name, again.cfg.l1_coefficient, again.cfg.model_name) == (HOOK, 0.5, "m")
 
 

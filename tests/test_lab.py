@@ -11,7 +11,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from lab import PROFILES, Arm, Lab, bootstrap_interval, paired_interval, scorecard, tu
+from lab import HALF, LOOKUP, PROFILES, Arm, Lab, bootstrap_interval, paired_interval, scorecard, tu
 
 from conftest import ROOT, save_model
 
@@ -26,10 +26,10 @@ def lab(tmp_path, texts, monkeypatch) -> Lab:
 
 
 def test_training_is_cached_by_configuration(lab, monkeypatch):
-    arm = Arm("topk+lookup", 32, 2, 1e-2, "half")
+    arm = Arm("topk+lookup", 32, 2, 1e-2, **LOOKUP)
     first = lab.train_or_load({"a": arm}, 1, 0, 1024)["a"]
     trained = []
-    monkeypatch.setattr(tu, "train", lambda saes, *_: trained.append(list(saes)) or [{"system": n} for n in saes])
+    monkeypatch.setattr(tu, "train", lambda saes, *_, **__: trained.append(list(saes)) or [{"system": n} for n in saes])
     again = lab.train_or_load({"a": arm}, 1, 0, 1024)["a"]
     assert not trained and torch.equal(first.W_dec, again.W_dec) and torch.equal(first.lookup.W, again.lookup.W)
     assert again.record["tokens"] == 1024 and again.record["arm"]["lr"] == 1e-2
@@ -41,7 +41,8 @@ def test_training_is_cached_by_configuration(lab, monkeypatch):
 
 def test_tables_of_the_arms(lab):
     unigrams = lab.unigrams(1)
-    zero, half, shuffled, plain = (lab._new_sae(Arm("x", 32, 2, 1e-2, t), 1, 0) for t in ("zero", "half", "half-shuffled", ""))
+    starts = {"start": "zero"}, LOOKUP, {"start": "shuffled", **HALF}, {}
+    zero, half, shuffled, plain = (lab._new_sae(Arm("x", 32, 2, 1e-2, **start), 1, 0) for start in starts)
     assert zero.lookup.W.abs().sum() == 0 and plain.lookup is None
     assert torch.equal(half.lookup.W, unigrams / 2) and torch.equal(half.W_enc, half.W_dec.T / 2)
     assert torch.equal(plain.W_enc, plain.W_dec.T)

@@ -51,19 +51,29 @@ def test_the_pass_stops_at_the_hook(lm):
 def test_replacing_the_stream_by_itself_changes_nothing(any_folder):
     lm = tu.load_lm(any_folder, device="cpu", bf16=False)
     ids = torch.randint(2, VOCAB, (2, 10))
-    everywhere = torch.ones_like(ids, dtype=torch.bool)
     clean = lm.losses(ids)
     for layer in range(lm.n_layers + 1):
         x = lm.activations(ids, [layer])[layer]
-        assert torch.allclose(lm.losses(ids, layer, x, everywhere), clean, atol=1e-3), layer
-        assert not torch.allclose(lm.losses(ids, layer, 0 * x, everywhere), clean, atol=1e-2), layer
+        assert torch.allclose(lm.losses(ids, layer, x), clean, atol=1e-3), layer
+        assert not torch.allclose(lm.losses(ids, layer, 0 * x), clean, atol=1e-2), layer
+    assert torch.equal(lm.losses(ids), clean), "the model is left as it was"
+
+
+def test_blocks_before_the_hook_are_not_run_again(lm):
+    ids, calls = torch.randint(2, VOCAB, (1, 10)), []
+    x = lm.activations(ids, [2])[2]
+    handles = [b.mlp.register_forward_hook(lambda m, *a, b=b: calls.append(b)) for b in lm.blocks]
+    lm.losses(ids, 2, x)
+    for handle in handles:
+        handle.remove()
+    assert calls == list(lm.blocks[2:])
 
 
 def test_patching_at_a_position_leaves_earlier_predictions(lm):
     ids = torch.randint(2, VOCAB, (1, 10))
-    where = torch.zeros_like(ids, dtype=torch.bool)
-    where[0, 6] = True
-    changed = (lm.losses(ids, 1, torch.zeros(1, 10, 32), where) - lm.losses(ids)).abs()[0] > 1e-5
+    x = lm.activations(ids, [1])[1]
+    x[0, 6] = 0
+    changed = (lm.losses(ids, 1, x) - lm.losses(ids)).abs()[0] > 1e-5
     assert not changed[:6].any() and changed[6]
 
 

@@ -26,7 +26,7 @@ class Fixed(tu.TSAE):
         self.function = function
 
     def forward(self, x, tokens):
-        return tu.TSAEOutput(self.function(x), torch.ones(len(x), 1), torch.zeros(len(x), 1, dtype=torch.long))
+        return tu.TSAEOutput(self.function(x), torch.ones(len(x)), torch.ones(1, dtype=torch.bool), torch.zeros(()), torch.zeros(()))
 
 
 def test_reconstruction_error_by_hand():

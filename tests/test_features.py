@@ -1,0 +1,76 @@
+"""What features respond to: locality gives planted features the measure they should have; n-grams are counted right."""
+
+from __future__ import annotations
+
+import features as ft
+import pytest
+import torch
+
+COMMON, RARE = 20, 1000  # tokens 0..19 make up the text; one in twenty is instead one of a thousand others
+
+
+@pytest.fixture(scope="module")
+def planted() -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
+    """Activations of a unigram, a bigram, a trigram, a rare-bigram, a long-range and a random feature on 60,000 tokens."""
+    g = torch.Generator().manual_seed(0)
+    ids = torch.randint(COMMON, (300, 203), generator=g)
+    rare = torch.rand(ids.shape, generator=g) < 0.05
+    ids = torch.where(rare, torch.randint(COMMON, COMMON + RARE, ids.shape, generator=g), ids)
+    t, s, r = ids[:, 3:], ids[:, 2:-1], ids[:, 1:-2]  # the token, the one before it, the one before that
+    memorised = (t >= COMMON) & ((t * 31 + s) * 2654435761 % 1000 < 300)  # pairs seen about once in all the text
+    long_range = torch.roll(ids, 40, dims=1)[:, 3:] < 2
+    chance = torch.rand(t.shape, generator=g) < 0.1
+    on = torch.stack([t < 2, (t < 4) & (s < 10), (t < 8) & (s < 10) & (r < 10), memorised, long_range, chance], -1)
+    acts = on * (1 + 0.1 * torch.rand(on.shape, generator=g))
+    groups = [torch.unique(torch.stack(last, -1).view(-1, len(last)), dim=0, return_inverse=True)[1] for last in ([t], [s, t], [r, s, t])]
+    return acts.flatten(0, 1), groups, torch.arange(300).repeat_interleave(200)
+
+
+def test_locality_of_planted_features(planted):
+    share, coverage = ft.locality(*planted)
+    uni, bi, tri, rare, far, noise = share.T
+    assert (uni > 0.97).all(), "the token decides"
+    assert 0.3 < bi[0] < 0.55 and (bi[1:] > 0.9).all(), "two tokens decide, one knows half"
+    assert tri[0] < 0.25 and 0.3 < tri[1] < 0.55 and tri[2] > 0.8, "three tokens decide"
+    assert all(-0.1 < v < 0.05 for v in [*far, *noise]), "what the last tokens do not decide has no locality"
+    assert rare[2] < 0.5, "pairs seen once or twice are little evidence"
+    assert coverage[0].min() > 0.9 and coverage[2, 3] < 0.3 and coverage[2, 2] > 0.9, "and coverage says that they were not seen"
+
+
+def test_rare_ngrams_do_not_inflate(planted):
+    """Without shrinkage, random activations on n-grams seen once look worse than nothing; with it they stay near 0."""
+    acts, groups, document = planted
+    raw = ft.locality(acts[:, 5:], groups, document, shrinkage=1e-9)[0][2]
+    shrunk = ft.locality(acts[:, 5:], groups, document)[0][2]
+    assert raw < shrunk - 0.05 and -0.1 < shrunk < 0.05
+
+
+def test_folds_are_documents():
+    """A feature that fires all through one document is not local, though its tokens repeat within it."""
+    document = torch.arange(20).repeat_interleave(100)
+    token = document * 5 + torch.arange(2000) % 5  # every document has its own five tokens
+    acts = (document % 4 == 0).float().unsqueeze(-1)
+    share, coverage = ft.locality(acts, [token], document)
+    assert share.abs().max() < 0.05 and coverage.max() == 0
+
+
+def test_last_tokens_group_positions(lm):
+    ids = torch.tensor([[0, 2, 3, 2, 3]])
+    keep = torch.tensor([[False, True, True, True, True]])
+    text = ft.Text(ids, keep, torch.zeros(4, 1), torch.zeros(4))
+    one, two = text.last(1), text.last(2)
+    assert one[0] == one[2] and one[1] == one[3] and one[0] != one[1]
+    assert two[1] == two[3] and two[0] != two[2], "(BOS, 2) is not (3, 2)"
+    assert text.tokens.tolist() == [[2], [3], [2], [3]]
+
+
+def test_common_grams_by_hand(lm):
+    class Bench:
+        pass
+
+    bench = Bench()
+    bench.lm, bench.train_rows = lm, torch.tensor([[0, 2, 3, 4, 2, 3], [0, 2, 3, 1, 3, 4]])  # 0 BOS, 1 separator
+    grams, count = ft.common_grams(bench, 2, 2)
+    assert grams.tolist() == [[2, 3], [3, 4]] and count.tolist() == [3, 2]
+    grams, count = ft.common_grams(bench, 3, 10)
+    assert sorted(map(tuple, grams.tolist())) == [(2, 3, 4), (3, 4, 2), (4, 2, 3)] and count.tolist() == [1, 1, 1]
