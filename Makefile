@@ -4,7 +4,7 @@ PYTHON ?= python3
 NB ?=
 PY := .venv/bin/python
 
-.PHONY: figures redraw record test lint testbed saes clean
+.PHONY: figures redraw record readme test testbed saes clean
 
 figures: .venv/ready        ## every notebook; writes figures/$(PROFILE)/
 	$(PY) notebooks/run.py --profile $(PROFILE)
@@ -22,6 +22,9 @@ test: .venv/ready           ## lint, unit tests, every notebook at smoke
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q tests
 	$(PY) -m pytest -q --nbmake notebooks/
+
+readme: .venv/ready         ## the README's tables again, from figures/record/
+	$(PY) notebooks/readme.py
 
 testbed: .venv/ready        ## train the embedded language model from nothing
 	$(PY) testbed/train.py

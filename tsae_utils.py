@@ -193,8 +193,12 @@ class LanguageModel:
         return self.blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
 
     @torch.no_grad()
-    def activations(self, ids_RL: Tensor, layers: Iterable[int], bf16: bool | None = None) -> dict[int, Tensor]:
-        """Residual stream [R, L, D], returned in fp32, entering each of `layers`; the pass ends at the last of them."""
+    def activations(self, ids_RL: Tensor, layers: Iterable[int], bf16: bool | None = None,
+                    positions_RL: Tensor | None = None) -> dict[int, Tensor]:
+        """Residual stream [R, L, D], returned in fp32, entering each of `layers`; the pass ends at the last of them.
+
+        `positions_RL` lets tokens stand at other positions than 0, 1, 2, ...
+        """
         bf16 = self.bf16 if bf16 is None else bf16
         found, layers = {}, sorted(set(layers))
 
@@ -206,10 +210,13 @@ class LanguageModel:
 
             return hook
 
+        moved = {}
+        if positions_RL is not None:  # with a mask, or a jump of positions would be taken for the start of another text
+            moved = {"position_ids": positions_RL.to(self.device), "attention_mask": torch.ones_like(positions_RL, device=self.device)}
         handles = [self._hook(layer, read(layer)) for layer in layers]
         try:
             with torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
-                self.model.base_model(input_ids=ids_RL.to(self.device), use_cache=False)
+                self.model.base_model(input_ids=ids_RL.to(self.device), use_cache=False, **moved)
         except _Stop:
             pass
         finally:

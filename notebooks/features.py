@@ -128,3 +128,53 @@ def common_grams(lab: Lab, n: int, limit: int) -> tuple[Tensor, np.ndarray]:
     first = torch.full((len(kinds),), len(grams)).scatter_reduce_(0, inverse, torch.arange(len(grams)), "amin")
     top = count.topk(min(limit, len(kinds))).indices
     return grams[first[top]], count[top].numpy()
+
+
+def logit_directions(lm: tu.LanguageModel) -> Tensor:
+    """W_U [V, D] behind the final norm's gain: a direction of the stream times this is its direct effect on the logits."""
+    gains = [m.weight for m in lm.model.base_model.children() if getattr(m, "weight", None) is not None and m.weight.shape == (lm.d_model,)]
+    W_U = lm.model.get_output_embeddings().weight.detach().float()
+    W_U = W_U * gains[-1].detach().float() if gains else W_U
+    return W_U - W_U.mean(-1, keepdim=True) if lm.centred else W_U
+
+
+@torch.no_grad()
+def describe(lab: Lab, sae: tu.TSAE, feature: int, text: Text, contexts: int = 8, window: int = 10, top: int = 8) -> pd.DataFrame:
+    """Everything a dashboard shows of one feature, a row each: `row, rank, place, token, value`.
+
+    row is context (a token of a strong context, with the activation on it; place 0 is the strongest token), histogram
+    (value: positions; place: the bin's lower edge), boosted or suppressed (logit per unit of activation), table
+    (cosine of the decoder row with a row of unigram activations, means removed) or number (a statistic).
+    """
+    def word(token: int) -> str:
+        return lab.lm.tokenizer.decode([token])
+
+    acts = activations(sae, text.x, torch.tensor([feature], device=text.x.device))[:, 0]
+    grid = torch.zeros(text.ids.shape)
+    grid[text.keep] = acts
+    numbers = {"frequency": (acts > 0).float().mean(), "greatest": acts.max(), "decoder norm": sae.W_dec[feature].norm()}
+    rows = [{"row": "number", "token": name, "value": value.item()} for name, value in numbers.items()]
+    place, used, rank = text.keep.nonzero(), set(), 0
+    for at in acts.argsort(descending=True).tolist():
+        r, c = place[at].tolist()
+        if rank == contexts or acts[at] <= 0:
+            break
+        document, wording = int(text.document[at]), tuple(text.ids[r, max(0, c - 2) : c + 1].tolist())
+        if document in used or wording in used:
+            continue  # one context for each document and each wording
+        used |= {document, wording}
+        rank += 1
+        for i in range(max(1, c - window), min(text.ids.shape[1], c + window // 2 + 1)):
+            rows.append({"row": "context", "rank": rank, "place": i - c, "token": word(int(text.ids[r, i])), "value": grid[r, i].item()})
+    fired = acts[acts > 0].numpy()
+    if len(fired):
+        count, edges = np.histogram(fired, bins=24)
+        rows += [{"row": "histogram", "rank": i, "place": edges[i], "value": float(n)} for i, n in enumerate(count)]
+    direction = sae.W_dec[feature]
+    effect = logit_directions(lab.lm) @ direction
+    table = lab.unigrams(tu.parse_hook(sae.cfg.hook_name, lab.lm.n_layers))
+    cosine = torch.cosine_similarity(table - table.mean(0), direction, dim=-1)
+    for name, values, largest in (("boosted", effect, True), ("suppressed", effect, False), ("table", cosine, True)):
+        v, i = values.topk(top, largest=largest)
+        rows += [{"row": name, "rank": n + 1, "token": word(int(i[n])), "value": v[n].item()} for n in range(len(v))]
+    return pd.DataFrame(rows).assign(feature=feature)

@@ -65,7 +65,7 @@ class Profile:
     ks: tuple[int, ...] = (4, 8, 16, 32, 64)
     k: int = 16  # where one k is enough
     l1_coefficients: tuple[float, ...] = (2.0, 4.0, 8.0)  # relu SAEs of figure 3: searched together with relu_lrs
-    relu_lrs: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2)
+    relu_lrs: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
     tokens: int = 2_000_000  # activations each SAE sees
     probe_tokens: int = 500_000  # the SAEs of figures 2 and 3, nine each for every system
@@ -74,7 +74,14 @@ class Profile:
     lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # the grid of every system
     lr_tokens: int = 1_000_000  # a run of the search
     eval_tokens: int = 24_000  # held-out tokens for cross-entropy
-    curve_points: int = 12  # measurements on the way, figure 10
+    speedup_depths: tuple[float, ...] = (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6)  # notebook 10: every layer of the testbed but the embedding
+    budgets: tuple[int, ...] = (500_000, 2_000_000)  # notebook 10
+    curve_tokens: int = 6_000  # held-out tokens of its measurements on the way
+    curve_points: int = 12
+    ablation_tokens: int = 1_000_000  # notebook 11
+    expansions: tuple[int, ...] = (4, 8, 16, 32, 64)  # notebooks 07 and 12: widths in multiples of d_model
+    feature_tokens: int = 100_000  # held-out tokens on which features are studied: notebooks 04, 07, 08, 09, 11
+    features: int = 512  # features of each SAE in a study
     ngram_tokens: int = 20_000_000  # figure 1: at most
     ngrams: int = 20_000  # figures 2 and 3: at most so many bigrams
     patch_rows: int = 64  # figure 5: held-out rows
@@ -84,10 +91,14 @@ class Profile:
 PROFILES = {
     "record": Profile("record"),
     "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 8e-3), lr_tokens=100_000,
-                    eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16),
+                    eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16, l1_coefficients=(4.0,), relu_lrs=(8e-3,),
+                    speedup_depths=(4 / 6,), budgets=(100_000, 400_000), curve_tokens=3_000, curve_points=8, ablation_tokens=200_000,
+                    expansions=(4, 16), feature_tokens=30_000, features=256),
     "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, probe_tokens=4_096, batch_size=512,
                      buffer_tokens=2_048, lrs=(4e-3,), lr_tokens=1_024, eval_tokens=1_024, ngram_tokens=50_000, ngrams=200,
-                     patch_rows=2, patch_positions=4),
+                     patch_rows=2, patch_positions=4, l1_coefficients=(4.0,), relu_lrs=(8e-3,), speedup_depths=(4 / 6,),
+                     budgets=(2_048, 4_096), curve_tokens=512, curve_points=3, ablation_tokens=1_024, expansions=(1, 2),
+                     feature_tokens=2_048, features=16),
 }
 CACHE_VERSION = 3  # raise when a change of code changes what training makes
 
@@ -154,6 +165,14 @@ def bootstrap_interval(statistic, *columns: np.ndarray, n: int = 1000, seed: int
     return float(statistic(*columns)), *(float(q) for q in np.percentile(draws, [2.5, 97.5]))
 
 
+def _plain(value: float, _: int = 0) -> str:
+    """0.02, 5, 2,000 as 2K, 1,000,000 as 1M."""
+    for size, letter in ((1e6, "M"), (1e3, "K")):
+        if value >= size:
+            return f"{value / size:g}{letter}"
+    return f"{value:g}" if value > 1e-4 else f"{value:.0e}"
+
+
 def plain_log(*axes: plt.Axes) -> None:
     """Log axes with plain numbers at 1, 2 and 5, and no crowd of minor labels."""
     for ax in axes:
@@ -161,7 +180,7 @@ def plain_log(*axes: plt.Axes) -> None:
             if scale == "log":
                 low, high = axis.get_view_interval()
                 axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
-                axis.set_major_formatter(ticker.FuncFormatter(lambda v, _: f"{v:g}" if 1e-4 < v < 1e4 else f"{v:.0e}"))
+                axis.set_major_formatter(ticker.FuncFormatter(_plain))
                 axis.set_minor_formatter(ticker.NullFormatter())
 
 
@@ -352,15 +371,17 @@ class Lab:
         steps = max(1, tokens // self.p.batch_size)
         at = {int(s) for s in np.geomspace(1, steps, self.p.curve_points).round()}
         evaluator = tu.Evaluator(self.lm, self.rows("heldout", max(wanted.values())), self.hook(layer))
+        tables = {n: saes[n].lookup.W.detach().clone() for n in wanted if saes[n].lookup is not None}
 
-        def after_step(step: int) -> None:
-            if step + 1 in at:
-                for n in wanted:
-                    rows[n].append({"step": step + 1, "tokens": (step + 1) * self.p.batch_size, **evaluator(saes[n])})
+        def measure(step: int) -> None:
+            for n in wanted:
+                row = {"step": step, "tokens": step * self.p.batch_size, **evaluator(saes[n])}
+                if n in tables:  # mean over the vocabulary
+                    row["table_cosine"] = torch.cosine_similarity(saes[n].lookup.W.detach(), tables[n], dim=-1).mean().item()
+                rows[n].append(row)
 
-        for n in wanted:  # before the first step: initialisation may already win
-            rows[n].append({"step": 0, "tokens": 0, **evaluator(saes[n])})
-        return rows, after_step
+        measure(0)  # before the first step: initialisation may already win
+        return rows, lambda step: measure(step + 1) if step + 1 in at else None
 
     def committed_saes(self) -> dict[str, tu.TSAE]:
         """The trained pair of the repository; on a model other than the testbed a pair is trained instead."""
@@ -373,11 +394,15 @@ class Lab:
 
     # -- what a notebook leaves behind --
 
-    def _write(self, name: str, text: str) -> None:
+    def _write(self, name: str, text: str) -> Path:
         self.out.mkdir(parents=True, exist_ok=True)
         partial = self.out / f".{name}.{os.getpid()}.partial"
         partial.write_text(text)
-        partial.replace(self.out / name)
+        return partial.replace(self.out / name)
+
+    def save_text(self, text: str, suffix: str) -> Path:
+        """Write <id><suffix>, such as a page, and return where it is."""
+        return self._write(f"{self.id}{suffix}", text)
 
     def save_csv(self, table: pd.DataFrame, suffix: str = "") -> pd.DataFrame:
         """Write <id><suffix>.csv and, beside the main one, <id>.json: what was run, on what."""
@@ -395,7 +420,7 @@ class Lab:
         path = self.out / f"{self.id}{suffix}.csv"
         if not path.exists():
             raise FileNotFoundError(f"{path.name} is not in {path.parent}: run this notebook once before redrawing")
-        return pd.read_csv(path)
+        return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "None" and "null" are tokens
 
     def savefig(self, figure: plt.Figure) -> None:
         """Write <id>.png and <id>.pdf."""

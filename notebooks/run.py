@@ -80,6 +80,15 @@ def run(path: Path, redraw: bool, record: bool) -> float:
     return time.time() - started
 
 
+def keep_times(seconds: dict[str, float]) -> None:
+    """Write figures/<profile>/times.csv: seconds of each notebook's last run. A run that finds trained SAEs is a short one."""
+    path = Path(os.environ.get("TSAE_FIGURES") or HERE.parent / "figures") / os.environ["TSAE_PROFILE"] / "times.csv"
+    kept = dict(line.split(",") for line in path.read_text().splitlines()[1:]) if path.exists() else {}
+    kept |= {name: f"{s:.0f}" for name, s in seconds.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("notebook,seconds\n" + "".join(f"{name},{kept[name]}\n" for name in sorted(kept)))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="*", help="notebook numbers; all by default")
@@ -98,13 +107,14 @@ def main() -> None:
         value = os.environ.get(name)
         if value and (name in ("TSAE_FIGURES", "TSAE_CACHE") or Path(value).exists()):
             os.environ[name] = str(Path(value).resolve())
-    notebooks, failed, began = chosen(args.numbers), [], time.time()
+    notebooks, failed, seconds, began = chosen(args.numbers), [], {}, time.time()
     if args.redraw:
         notebooks = [n for n in notebooks if "fig.savefig" in n.read_text() or "lab.savefig" in n.read_text()]
     for i, path in enumerate(notebooks, 1):
         print(f"[{i}/{len(notebooks)}] {path.stem} ({os.environ['TSAE_PROFILE']})", flush=True)
         try:
-            print(f"\n    done in {run(path, args.redraw, args.record):.0f} s", flush=True)
+            seconds[path.stem] = run(path, args.redraw, args.record)
+            print(f"\n    done in {seconds[path.stem]:.0f} s", flush=True)
         except (CellExecutionError, DeadKernelError) as error:
             failed.append(path.stem)
             foreseen = getattr(error, "ename", "") in {"ValueError", "FileNotFoundError"}  # these speak for themselves
@@ -113,6 +123,8 @@ def main() -> None:
             if foreseen and i == 1:
                 break  # a wrong profile, model or corpus fails every notebook alike
     print(f"{len(notebooks) - len(failed)} of {len(notebooks)} notebooks in {time.time() - began:.0f} s")
+    if seconds and not (args.redraw or args.record):  # a record finds trained SAEs in the cache: its times say little
+        keep_times(seconds)
     if failed:
         raise SystemExit(f"failed: {', '.join(failed)}")
 

@@ -39,6 +39,28 @@ def test_training_is_cached_by_configuration(lab, monkeypatch):
     assert trained == [["b"], ["a"]], "only what is new is trained: another arm, another seed"
 
 
+def test_measurements_on_the_way(lab):
+    """Before the first step, then at logarithmically spaced ones; the last is the trained SAE; only of the arms that ask."""
+    asked, other = Arm("topk+lookup", 32, 2, 1e-2, curve=500, **LOOKUP), Arm("topk", 32, 2, 1e-2)
+    saes = lab.train_or_load({"a": asked, "b": other}, 1, 0, 4096)
+    curve = saes["a"].record["curve"]
+    assert [c["tokens"] for c in curve] == [0, 512, 1536, 4096] and saes["b"].record["curve"] == []
+    assert curve[0]["table_cosine"] == pytest.approx(1) and curve[-1]["table_cosine"] < 0.999
+    evaluator = tu.Evaluator(lab.lm, lab.rows("heldout", 500), lab.hook(1))
+    assert evaluator(saes["a"])["nmse"] == pytest.approx(curve[-1]["nmse"], rel=1e-5)
+    assert [h["step"] for h in saes["b"].record["history"]] == [0, 7]
+
+
+def test_mean_activation_of_a_token(lab):
+    means, ids = lab.token_means(1), lab.train_rows.long()
+    keep = tu.keep_mask(ids, lab.lm)
+    x = lab.lm.activations(ids, [1])[1]
+    token = int(ids[keep][0])
+    assert torch.allclose(means[token], x[keep & (ids == token)].mean(0), atol=1e-4)
+    unseen = int((torch.bincount(ids[keep], minlength=lab.lm.n_vocab) == 0).nonzero()[0])
+    assert torch.allclose(means[unseen], x[keep].mean(0), atol=1e-4)
+
+
 def test_tables_of_the_arms(lab):
     unigrams = lab.unigrams(1)
     starts = {"start": "zero"}, LOOKUP, {"start": "shuffled", **HALF}, {}

@@ -59,6 +59,18 @@ def test_replacing_the_stream_by_itself_changes_nothing(any_folder):
     assert torch.equal(lm.losses(ids), clean), "the model is left as it was"
 
 
+def test_positions_can_be_moved(any_folder):
+    """Positions 0, 1, 2, ... change nothing; a jump moves the tokens and hides none of those before."""
+    lm = tu.load_lm(any_folder, device="cpu", bf16=False)
+    ids, other = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[3, 5, 6, 7]])
+    plain = lm.activations(ids, [2])[2]
+    assert torch.allclose(plain, lm.activations(ids, [2], positions_RL=torch.arange(4)[None])[2], atol=1e-5)
+    jump = torch.tensor([[0, 8, 9, 10]])
+    moved = lm.activations(ids, [2], positions_RL=jump)[2]
+    assert not torch.allclose(plain, moved, atol=1e-4)
+    assert not torch.allclose(moved[:, 3], lm.activations(other, [2], positions_RL=jump)[2][:, 3], atol=1e-5), "BOS is still seen"
+
+
 def test_blocks_before_the_hook_are_not_run_again(lm):
     ids, calls = torch.randint(2, VOCAB, (1, 10)), []
     x = lm.activations(ids, [2])[2]
