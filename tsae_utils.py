@@ -98,8 +98,8 @@ class TrainConfig:
 def keep_freed_memory() -> None:
     """Ask glibc to keep freed memory for the next batch: on a CPU every fresh [B, F] is otherwise paid for page by page.
 
-    For programs whose main work is training or harvesting (1.5x to 2x there); the process stays at its peak size. Does
-    nothing with another C library.
+    For programs whose main work is training or harvesting; the process stays at its peak size. Does nothing with
+    another C library.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "gnu_get_libc_version"):
         for option, value in ((-1, -1), (-2, 2**26), (-4, 0)):  # never trim, grow by 64 MiB, no mmap for large blocks

@@ -64,8 +64,6 @@ class Profile:
     expansion: int = 16
     ks: tuple[int, ...] = (4, 8, 16, 32, 64)
     k: int = 16  # where one k is enough
-    l1_coefficients: tuple[float, ...] = (2.0, 4.0, 8.0)  # relu SAEs of figure 3: searched together with relu_lrs
-    relu_lrs: tuple[float, ...] = (4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
     tokens: int = 2_000_000  # activations each SAE sees
     probe_tokens: int = 500_000  # the SAEs of figures 2 and 3, nine each for every system
@@ -91,19 +89,19 @@ class Profile:
 PROFILES = {
     "record": Profile("record"),
     "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 8e-3), lr_tokens=100_000,
-                    eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16, l1_coefficients=(4.0,), relu_lrs=(8e-3,),
+                    eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16,
                     speedup_depths=(4 / 6,), budgets=(100_000, 400_000), curve_tokens=3_000, curve_points=8, ablation_tokens=200_000,
                     expansions=(4, 16), feature_tokens=30_000, features=256),
     "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, probe_tokens=4_096, batch_size=512,
                      buffer_tokens=2_048, lrs=(4e-3,), lr_tokens=1_024, eval_tokens=1_024, ngram_tokens=50_000, ngrams=200,
-                     patch_rows=2, patch_positions=4, l1_coefficients=(4.0,), relu_lrs=(8e-3,), speedup_depths=(4 / 6,),
+                     patch_rows=2, patch_positions=4, speedup_depths=(4 / 6,),
                      budgets=(2_048, 4_096), curve_tokens=512, curve_points=3, ablation_tokens=1_024, expansions=(1, 2),
                      feature_tokens=2_048, features=16),
 }
 CACHE_VERSION = 3  # raise when a change of code changes what training makes
 
-# Where a notebook has no search of its own: what figure 6's search chose (fig6_pareto_lr.csv); relu was not searched
-LEARNING_RATES = {"topk": 8e-3, "topk+lookup": 4e-3, "relu": 4e-3}
+# Where a notebook has no search of its own: what figure 6's search chose (fig6_pareto_lr.csv)
+LEARNING_RATES = {"topk": 8e-3, "topk+lookup": 4e-3}
 # On these a claim can be reproduced; elsewhere its effect is present or absent
 PAPER_MODELS = ("gpt2", "openai-community/gpt2", "EleutherAI/pythia-1.4b")
 PAPER_CORPORA = ("allenai/c4", "Skylion007/openwebtext")
