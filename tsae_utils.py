@@ -596,7 +596,7 @@ class TSAE(nn.Module):
     def forward(self, x_BD: Tensor, tokens_BN: Tensor) -> TSAEOutput:
         """Reconstruct activations x_BD that sit on tokens_BN (last column: the current token)."""
         row_BD = 0.0 if self.lookup is None else self.lookup(tokens_BN)
-        if self.cfg.d_sae == 0 or (self.cfg.k == 0 and self.cfg.activation == "topk"):  # the table alone
+        if self.cfg.d_sae == 0 or (self.cfg.k == 0 and self.cfg.activation in ("topk", "batchtopk")):  # the table alone
             none, zero = torch.zeros(self.cfg.d_sae, dtype=torch.bool, device=x_BD.device), x_BD.new_zeros(())
             return TSAEOutput(self.b_dec.expand_as(x_BD) + row_BD, x_BD.new_zeros(len(x_BD)), none, zero, zero)
         if self.cfg.activation == "topk" or (self.cfg.activation == "batchtopk" and self.training):

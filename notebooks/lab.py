@@ -304,7 +304,8 @@ class Lab:
 
     def token_means(self, layer: int) -> torch.Tensor:
         """Mean activation of every token over a million training tokens [V, D]; the mean of all for tokens not seen."""
-        ids = self.train_rows[torch.linspace(0, len(self.train_rows) - 1, max(2, 10**6 // self.context_size)).long()].long()
+        n = min(len(self.train_rows), max(2, 10**6 // self.context_size))
+        ids = self.train_rows[torch.linspace(0, len(self.train_rows) - 1, n).long()].long()
         total, count = torch.zeros(self.lm.n_vocab, self.lm.d_model), torch.zeros(self.lm.n_vocab)
         for part in ids.split(32):
             keep = tu.keep_mask(part, self.lm)

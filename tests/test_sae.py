@@ -199,8 +199,9 @@ def test_the_current_token_is_the_last_column():
     assert table(torch.tensor([[4, 1], [0, 3]])).tolist() == [[1.0] * 3, [3.0] * 3]
 
 
-def test_k_zero_is_the_table_alone():
-    sae = tu.TSAE(tu.TSAEConfig(d_in=3, d_sae=0, k=0), tu.TokenLookup(torch.randn(5, 3)))
+@pytest.mark.parametrize(("activation", "d_sae"), [("topk", 0), ("topk", 4), ("batchtopk", 4)])
+def test_k_zero_is_the_table_alone(activation, d_sae):
+    sae = tu.TSAE(tu.TSAEConfig(d_in=3, d_sae=d_sae, k=0, activation=activation), tu.TokenLookup(torch.randn(5, 3)))
     out = sae(torch.randn(4, 3), torch.tensor([[0], [1], [2], [3]]))
     assert torch.equal(out.x_hat, sae.lookup.W[:4] + sae.b_dec) and out.l0.tolist() == [0] * 4
 
