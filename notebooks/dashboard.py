@@ -14,7 +14,7 @@ table { border-collapse: collapse; font-size: 13px }
 th { text-align: left; font-weight: 600 }
 td { padding-right: .7rem }
 td + td { text-align: right; color: #555 }
-code { white-space: pre }
+code { white-space: pre; display: inline-block; max-width: 10rem; overflow: hidden; text-overflow: ellipsis; vertical-align: bottom }
 """
 CONTEXT = "font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .15rem 0"
 GRID = "display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 1.2rem; margin-top: .8rem"

@@ -168,7 +168,7 @@ def describe(lab: Lab, sae: tu.TSAE, feature: int, text: Text, contexts: int = 8
             rows.append({"row": "context", "rank": rank, "place": i - c, "token": word(int(text.ids[r, i])), "value": grid[r, i].item()})
     fired = acts[acts > 0].numpy()
     if len(fired):
-        count, edges = np.histogram(fired, bins=24)
+        count, edges = np.histogram(fired, bins=24, range=(0, fired.max()))
         rows += [{"row": "histogram", "rank": i, "place": edges[i], "value": float(n)} for i, n in enumerate(count)]
     direction = sae.W_dec[feature]
     effect = logit_directions(lab.lm) @ direction
