@@ -80,9 +80,14 @@ def run(path: Path, redraw: bool, record: bool) -> float:
     return time.time() - started
 
 
+def figures() -> Path:
+    """Where the profile's figures go."""
+    return Path(os.environ.get("TSAE_FIGURES") or HERE.parent / "figures") / os.environ["TSAE_PROFILE"]
+
+
 def keep_times(seconds: dict[str, float]) -> None:
     """Write figures/<profile>/times.csv: seconds of each notebook's last run. A run that finds trained SAEs is a short one."""
-    path = Path(os.environ.get("TSAE_FIGURES") or HERE.parent / "figures") / os.environ["TSAE_PROFILE"] / "times.csv"
+    path = figures() / "times.csv"
     kept = dict(line.split(",") for line in path.read_text().splitlines()[1:]) if path.exists() else {}
     kept |= {name: f"{s:.0f}" for name, s in seconds.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -108,8 +113,8 @@ def main() -> None:
         if value and (name in ("TSAE_FIGURES", "TSAE_CACHE") or Path(value).exists()):
             os.environ[name] = str(Path(value).resolve())
     notebooks, failed, seconds, began = chosen(args.numbers), [], {}, time.time()
-    if args.redraw:
-        notebooks = [n for n in notebooks if "fig.savefig" in n.read_text() or "lab.savefig" in n.read_text()]
+    if args.redraw and not args.numbers:  # what has a CSV to draw from
+        notebooks = [n for n in notebooks if (figures() / f"{n.stem[3:]}.csv").exists()]
     for i, path in enumerate(notebooks, 1):
         print(f"[{i}/{len(notebooks)}] {path.stem} ({os.environ['TSAE_PROFILE']})", flush=True)
         try:

@@ -94,6 +94,7 @@ def test_token_rows(lm):
     assert rows.tolist() == [[0, 2, 3, 4], [0, 1, 5, 1], [0, 6, 7, 8]], "BOS first, documents joined by EOS, the rest dropped"
     assert tu.keep_mask(rows, lm).tolist() == [[False, True, True, True], [False, False, True, False], [False, True, True, True]]
     assert tu.keep_mask(rows, lm, include_bos=True).all()
+    assert tu.keep_mask(torch.tensor([[5, 6]]), lm).tolist() == [[False, True]], "position 0 never counts, whatever stands there"
 
 
 @pytest.mark.parametrize(("special", "bos", "separator"), [

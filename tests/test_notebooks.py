@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import nbformat
 import pandas as pd
 import pytest
@@ -195,3 +199,17 @@ def test_the_testbed_folder_loads_by_the_path_of_any_model():
     config = json.loads((ROOT / "testbed" / "model" / "config.json").read_text())
     assert (ROOT / "testbed" / "model" / "tokenizer_config.json").is_file()
     assert lm.bos_id == config["bos_token_id"] == lm.separator_id < lm.n_vocab and len(lm.tokenizer) == lm.n_vocab and not lm.bos_note
+
+
+def test_redraw_draws_what_has_a_csv_and_nothing_else(tmp_path):
+    """From a copy of the record with two notebooks' CSVs, their pictures come back."""
+    (tmp_path / "record").mkdir()
+    for name in ("fig1_ngram_imbalance", "fig4_feature_sharing"):
+        for file in RECORD.glob(f"{name}*.csv"):
+            shutil.copy(file, tmp_path / "record")
+    command = [sys.executable, ROOT / "notebooks" / "run.py", "--redraw"]
+    done = subprocess.run(command, env={**os.environ, "TSAE_FIGURES": str(tmp_path)}, capture_output=True, text=True)
+    assert done.returncode == 0 and "2 of 2 notebooks" in done.stdout, done.stderr[-2000:]
+    for name in ("fig1_ngram_imbalance", "fig4_feature_sharing"):
+        again, committed = (plt.imread(folder / f"{name}.png") for folder in (tmp_path / "record", RECORD))
+        assert again.shape == committed.shape and abs(again - committed).mean() < 0.01
