@@ -195,6 +195,7 @@ def test_round_trip(tmp_path, activation, vocab):
     x, tokens = torch.randn(9, 6), torch.randint(7, (9, 1))
     assert torch.equal(again(x, tokens).x_hat, sae.eval()(x, tokens).x_hat)
     assert (again.cfg.hook_name, again.cfg.l1_coefficient, again.cfg.model_name) == (HOOK, 0.5, "m")
+    assert again.cfg.activation == activation and not again.training
 
 
 def test_layout_is_saelens(saved):

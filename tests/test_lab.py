@@ -66,6 +66,8 @@ def test_tables_of_the_arms(lab):
     starts = {"start": "zero"}, LOOKUP, {"start": "shuffled", **HALF}, {}
     zero, half, shuffled, plain = (lab._new_sae(Arm("x", 32, 2, 1e-2, **start), 1, 0) for start in starts)
     assert zero.lookup.W.abs().sum() == 0 and plain.lookup is None
+    frozen = lab._new_sae(Arm("x", 32, 2, 1e-2, frozen=True, **LOOKUP), 1, 0)
+    assert half.lookup.W.requires_grad and not frozen.lookup.W.requires_grad
     assert torch.equal(half.lookup.W, unigrams / 2) and torch.equal(half.W_enc, half.W_dec.T / 2)
     assert torch.equal(plain.W_enc, plain.W_dec.T)
     rows = shuffled.lookup.W

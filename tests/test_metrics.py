@@ -90,3 +90,12 @@ def test_heldout_is_not_training_text():
     texts = {s: {d.text for d in corpus.documents(s)} for s in corpus.SPLITS}
     assert not texts["heldout"] & (texts["lm"] | texts["sae"] | texts["tune"])
     assert not texts["tune"] & (texts["lm"] | texts["sae"])
+
+
+def test_measured_as_outside_training(evaluator):
+    """BatchTopK measured by its threshold, whatever mode the SAE is in, which stays as it was."""
+    sae = tu.TSAE(tu.TSAEConfig(d_in=32, d_sae=64, k=4, activation="batchtopk", seed=1))
+    sae.threshold.fill_(0.5)
+    expected = (sae.pre_activations(evaluator.x_BD) > 0.5).sum(-1).float().mean().item()
+    assert evaluator(sae)["l0"] == pytest.approx(expected) and sae.training
+    assert evaluator(sae.eval())["l0"] == pytest.approx(expected) and not sae.training

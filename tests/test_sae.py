@@ -128,6 +128,15 @@ def test_batchtopk_with_fewer_positive_values_than_k():
     assert torch.equal(sae(x, tokens).l0, (sae.pre_activations(x) > 0).sum(-1).float())
 
 
+def test_batchtopk_finds_the_top_when_its_first_guess_is_too_high():
+    """The sampled positions hold the large values and are fewer than wanted."""
+    pre = torch.ones(64, 4096)
+    pre.view(-1)[::2] = 2.0
+    values, feature, row = tu._top_of_batch(pre, 3000)
+    assert len(values) == 64 * 3000 and (values == 2).sum() == 64 * 2048
+    assert torch.equal(values, pre[row, feature]) and (row.diff() >= 0).all()
+
+
 def test_jumprelu_uses_each_features_threshold():
     sae = random_sae(activation="jumprelu")
     sae.threshold[:5] = 1.0

@@ -119,6 +119,7 @@ def test_training_together_equals_training_alone(activation):
     tu.train(together, PlantedStream(True), cfg, progress=False)
     tu.train(alone, PlantedStream(True), cfg, progress=False)
     assert torch.equal(together["b"].W_dec, alone["b"].W_dec)
+    assert not any(sae.training for sae in together.values()), "trained SAEs are in evaluation mode"
 
 
 def test_l1_raises_sparsity():
