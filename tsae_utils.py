@@ -531,6 +531,11 @@ class TSAEOutput(NamedTuple):
     auxiliary: Tensor  # gated: squared error of the gate's own reconstruction, decoder and table frozen; else 0
 
 
+def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
+    """||x - x_hat||^2, mean over the batch (the authors' loss)."""
+    return (x_BD - x_hat_BD).square().sum(-1).mean()
+
+
 class TSAE(nn.Module):
     """Tokenized SAE (eq. 1 and 2); without a table the same class is the baseline.
 
@@ -628,7 +633,7 @@ class TSAE(nn.Module):
                 if self.cfg.activation == "gated":
                     frozen = (gate @ self.W_dec.detach()).to(x_BD.dtype) + self.b_dec.detach()
                     frozen = frozen + (row_BD.detach() if self.lookup is not None else 0.0)
-                    auxiliary = (x_BD - frozen).square().sum(-1).mean()
+                    auxiliary = squared_error(x_BD, frozen)
         active = acts.detach() > 0
         return TSAEOutput(x_hat + self.b_dec + row_BD, active.sum(-1), active.any(0), sparsity, auxiliary)
 
@@ -640,7 +645,7 @@ class TSAE(nn.Module):
         pre = F.linear(x_BD - self.b_dec.detach(), self.W_enc_FD[dead], self.b_enc[dead])
         values, index = pre.topk(min(aux_k, len(dead)), dim=-1, sorted=False)
         modelled = F.embedding_bag(index, self.W_dec[dead], mode="sum", per_sample_weights=values.relu())
-        return (x_BD - x_hat_BD.detach() - modelled).square().sum(-1).mean()
+        return squared_error(x_BD - x_hat_BD.detach(), modelled)
 
     @torch.no_grad()
     def count_firing_(self, out: TSAEOutput) -> None:
@@ -665,11 +670,6 @@ def optimiser_for(sae: TSAE, cfg: TrainConfig) -> torch.optim.Adam:
     if sae.lookup is not None and sae.lookup.W.requires_grad:
         groups.append({"params": [sae.lookup.W], "lr": cfg.lr_lookup, "base_lr": cfg.lr_lookup})
     return torch.optim.Adam(groups, fused=sae.W_dec.device.type != "mps")
-
-
-def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
-    """||x - x_hat||^2, mean over the batch (the authors' loss)."""
-    return (x_BD - x_hat_BD).square().sum(-1).mean()
 
 
 def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig | Mapping[str, TrainConfig], *,
@@ -909,7 +909,7 @@ def read_cfg(folder: str | Path) -> dict:
 def load(folder: str | Path, device: str | torch.device = "cpu") -> TSAE:
     """Load a saved SAE or TSAE, weights as fp32. Raises FileNotFoundError or ValueError with what is wrong."""
     folder, raw = Path(folder), read_cfg(folder)
-    known = {"topk": "topk", "standard": "relu", "gated": "gated", "jumprelu": "jumprelu"}
+    known = {theirs: ours for ours, theirs in ARCHITECTURES.items()}  # of two that share a name the last: jumprelu
     if raw["architecture"] not in known:
         raise ValueError(f"{folder}/cfg.json: architecture {raw['architecture']!r} is not one of {', '.join(known)}")
     meta = raw.get("metadata", {})

@@ -26,13 +26,17 @@ INSTRUCTIONS = ("Score every item in scores.csv, 1 to 10 on both scales. Interpr
 
 def make_kit(lab: Lab, saes: dict[str, tu.TSAE], text: ft.Text, each: int, folder: Path, seed: int = 0) -> Path:
     """Write the kit: `each` random living features of every SAE, in random order, without their source."""
-    items = [(s, int(f)) for s, sae in saes.items() for f in ft.sample_features(sae, text, each, seed)]
+    items = []
+    for system, sae in saes.items():
+        features = ft.sample_features(sae, text, each, seed)
+        acts = ft.activations(sae, text.x, features.to(text.x.device))
+        items += [(system, int(f), a) for f, a in zip(features, acts.T, strict=True)]
     order = np.random.default_rng(seed).permutation(len(items))
     key, parts = {}, {}
     for number, i in enumerate(order, 1):
-        system, feature = items[i]
+        system, feature, acts = items[i]
         key[f"item {number:02d}"] = {"system": system, "feature": feature}
-        parts[f"item {number:02d}"] = ft.describe(lab, saes[system], feature, text)
+        parts[f"item {number:02d}"] = ft.describe(lab, saes[system], feature, text, acts=acts)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "items.html").write_text(dashboard.page(parts, "Blind feature study").replace("</h1>", f"</h1><p>{INSTRUCTIONS}</p>"))
     (folder / "key.json").write_text(json.dumps(key, indent=1) + "\n")

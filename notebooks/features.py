@@ -52,9 +52,9 @@ def activations(sae: tu.TSAE, x: Tensor, features: Tensor | slice = slice(None))
 
 
 @torch.no_grad()
-def firing(sae: tu.TSAE, x: Tensor, above: float = 0.0) -> Tensor:
+def firing(sae: tu.TSAE, x: Tensor) -> Tensor:
     """How many of the activations each feature fires on [F]."""
-    return sum((sae.encode(part) > above).sum(0) for part in x.split(4096)).cpu()
+    return sum((sae.encode(part) > 0).sum(0) for part in x.split(4096)).cpu()
 
 
 def locality(acts_PF: Tensor, groups: list[Tensor], document: Tensor, folds: int = 5,
@@ -122,11 +122,11 @@ def common_grams(lab: Lab, n: int, limit: int) -> tuple[Tensor, np.ndarray]:
     whole = tu.keep_mask(ids, lab.lm).unfold(1, n, 1).all(-1)
     grams = ids.unfold(1, n, 1)[whole]
     key = torch.zeros(len(grams), dtype=torch.int64)
-    for column in grams.T:  # one number for each n-gram; exact while V^n < 2^63, else grouped column by column
+    for column in grams.T:  # the number of each n-gram among those that occur, column by column
         key = torch.unique(key * lab.lm.n_vocab + column, return_inverse=True)[1]
-    kinds, inverse, count = torch.unique(key, return_inverse=True, return_counts=True)
-    first = torch.full((len(kinds),), len(grams)).scatter_reduce_(0, inverse, torch.arange(len(grams)), "amin")
-    top = count.topk(min(limit, len(kinds))).indices
+    count = torch.bincount(key)
+    first = torch.full((len(count),), len(grams)).scatter_reduce_(0, key, torch.arange(len(grams)), "amin")
+    top = count.topk(min(limit, len(count))).indices
     return grams[first[top]], count[top].numpy()
 
 
@@ -139,17 +139,20 @@ def logit_directions(lm: tu.LanguageModel) -> Tensor:
 
 
 @torch.no_grad()
-def describe(lab: Lab, sae: tu.TSAE, feature: int, text: Text, contexts: int = 8, window: int = 10, top: int = 8) -> pd.DataFrame:
+def describe(lab: Lab, sae: tu.TSAE, feature: int, text: Text, contexts: int = 8, window: int = 10, top: int = 8,
+             acts: Tensor | None = None) -> pd.DataFrame:
     """Everything a dashboard shows of one feature, a row each: `row, rank, place, token, value`.
 
     row is context (a token of a strong context, with the activation on it; place 0 is the strongest token), histogram
     (value: positions; place: the bin's lower edge), boosted or suppressed (logit per unit of activation), table
-    (cosine of the decoder row with a row of unigram activations, means removed) or number (a statistic).
+    (cosine of the decoder row with a row of unigram activations, means removed) or number (a statistic). `acts` are the
+    feature's activations [P] where they are known: encoding the text is the slow part.
     """
     def word(token: int) -> str:
         return lab.lm.tokenizer.decode([token])
 
-    acts = activations(sae, text.x, torch.tensor([feature], device=text.x.device))[:, 0]
+    if acts is None:
+        acts = activations(sae, text.x, torch.tensor([feature], device=text.x.device))[:, 0]
     grid = torch.zeros(text.ids.shape)
     grid[text.keep] = acts
     numbers = {"frequency": (acts > 0).float().mean(), "greatest": acts.max(), "decoder norm": sae.W_dec[feature].norm()}

@@ -66,7 +66,7 @@ class Profile:
     k: int = 16  # where one k is enough
     seeds: tuple[int, ...] = (0, 1, 2)
     tokens: int = 2_000_000  # activations each SAE sees
-    probe_tokens: int = 500_000  # the SAEs of figures 2 and 3, nine each for every system
+    probe_tokens: int = 500_000  # the SAEs of figure 2, nine of every system
     batch_size: int = 4096
     buffer_tokens: int = 2**17
     lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # the grid of every system
