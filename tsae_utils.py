@@ -80,6 +80,7 @@ class TrainConfig:
     lr_lookup: float = 1e-2  # Adam, for the table; the authors' code: 1e-2 (TopK only, 1e-4 elsewhere)
     lr_end: float = 0.0  # cosine from lr to this share of it; the authors' code: 0.3
     l1_warmup: float = 0.05  # share of the steps over which the L1 coefficient rises (relu, gated); the paper: 5 %
+    start_l0: float = 0.0  # relu, gated: biases start where about so many features of a token are active; 0: at zero, the authors' start
     aux_k: int = 0  # dead features that model the error (AuxK of Gao et al. 2024); the authors: none
     aux_coefficient: float = 1 / 32  # weight of that second squared error (Gao et al.)
     aux_window: int = 100_000  # dead for AuxK: fired on none of the last so many tokens
@@ -460,7 +461,7 @@ def unigram_activations(lm: LanguageModel, hook_name: str, batch: int = 2048, pr
 # ---------------------------------------------------------------------------------------------
 
 
-CPU_CHUNK = 2**21  # pre-activations computed at once: they should fit the cache
+CPU_CHUNK = 2**22  # pre-activations computed at once: they should fit the cache
 
 
 def _top_of_tokens(pre: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -527,7 +528,7 @@ class TSAEOutput(NamedTuple):
     x_hat: Tensor  # [B, D], the table's row included
     l0: Tensor  # active features of each token [B]
     fired: Tensor  # whether a feature was active on any token [F]
-    sparsity: Tensor  # mean over tokens of sum_f a_f ||W_dec[f]||, a the gate's for gated; 0 for topk and batchtopk
+    sparsity: Tensor  # mean over tokens of sum_f a_f ||W_dec[f]||; gated: a the gate's, decoder frozen; 0 for topk, batchtopk
     auxiliary: Tensor  # gated: squared error of the gate's own reconstruction, decoder and table frozen; else 0
 
 
@@ -586,7 +587,9 @@ class TSAE(nn.Module):
             case "relu":
                 return pre_BF.relu()
             case "gated":
-                return ((pre_BF - self.b_gate) * self.r_mag.exp() + self.b_mag).relu() * (pre_BF > 0)
+                scale = self.r_mag.exp()
+                shift = self.b_mag - scale * self.b_gate  # exp(r_mag) (pre - b_gate) + b_mag, in one pass
+                return torch.addcmul(shift.to(pre_BF.dtype), pre_BF, scale.to(pre_BF.dtype)).relu().masked_fill(pre_BF <= 0, 0.0)
         return pre_BF.relu() * (pre_BF > self.threshold)
 
     def encode(self, x_BD: Tensor) -> Tensor:
@@ -622,20 +625,29 @@ class TSAE(nn.Module):
         return TSAEOutput(x_hat + row_BD, l0, fired, zero, zero)
 
     def _dense(self, x_BD: Tensor, row_BD: Tensor | float) -> TSAEOutput:
-        sparsity = auxiliary = x_BD.new_zeros(())
+        rows = len(x_BD) if x_BD.is_cuda else max(1, CPU_CHUNK // self.cfg.d_sae)
+        bias = self.b_gate if self.cfg.activation == "gated" else self.b_enc
+        bias = bias + self.W_enc_FD @ (self.b_dec.detach() - self.b_dec)  # zero: gives b_dec its gradient without one for x
+        W_dec = torch.cat([self.W_dec, self.W_dec.norm(dim=-1, keepdim=True)], dim=-1)  # the last column sums a_f ||W_dec[f]||
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.bf16 and self.training):
-            pre = self.pre_activations(x_BD)
-            acts = self.activate(pre)
-            x_hat = (acts @ self.W_dec).to(x_BD.dtype)
-            if self.training and self.cfg.activation in ("relu", "gated"):
-                gate, norms = acts if self.cfg.activation == "relu" else pre.relu(), self.W_dec.norm(dim=-1)
-                sparsity = (gate @ norms.to(gate.dtype)).to(x_BD.dtype).mean()
-                if self.cfg.activation == "gated":
-                    frozen = (gate @ self.W_dec.detach()).to(x_BD.dtype) + self.b_dec.detach()
-                    frozen = frozen + (row_BD.detach() if self.lookup is not None else 0.0)
-                    auxiliary = squared_error(x_BD, frozen)
-        active = acts.detach() > 0
-        return TSAEOutput(x_hat + self.b_dec + row_BD, active.sum(-1), active.any(0), sparsity, auxiliary)
+            parts = [self._dense_part(part, bias, W_dec) for part in (x_BD - self.b_dec.detach()).split(rows)]
+        decoded, of_gate, l0, fired = (torch.cat(part) for part in zip(*parts, strict=True))
+        x_hat, sparsity, auxiliary = decoded[:, :-1] + self.b_dec + row_BD, *x_BD.new_zeros(2)
+        if self.training and self.cfg.activation in ("relu", "gated"):
+            sparsity = of_gate[:, -1].mean()
+        if self.training and self.cfg.activation == "gated":
+            row_BD = 0.0 if self.lookup is None else row_BD.detach()
+            auxiliary = squared_error(x_BD, of_gate[:, :-1] + self.b_dec.detach() + row_BD)
+        return TSAEOutput(x_hat, l0, fired.any(0), sparsity, auxiliary)
+
+    def _dense_part(self, x_BD: Tensor, bias_F: Tensor, W_dec: Tensor) -> tuple[Tensor, ...]:
+        """Of some rows less b_dec: activations and the gate's own through W_dec [B, D + 1] each, l0 [B], fired [1, F]."""
+        pre = F.linear(x_BD, self.W_enc_FD, bias_F)
+        acts = self.activate(pre)
+        decoded = of_gate = (acts @ W_dec).to(x_BD.dtype)
+        if self.cfg.activation == "gated" and self.training:
+            of_gate = (pre.relu() @ W_dec.detach()).to(x_BD.dtype)
+        return decoded, of_gate, (acts.detach() > 0).sum(-1), acts.detach().amax(0, keepdim=True) > 0
 
     def dead_features_error(self, x_BD: Tensor, x_hat_BD: Tensor, aux_k: int, window: int) -> Tensor:
         """Squared error of modelling x - x_hat by the aux_k strongest dead features of each token (AuxK); 0 where none is dead."""
@@ -702,7 +714,7 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
             for name, sae in saes.items():
                 started = time.perf_counter()
                 if step == 0:
-                    _start_(sae, x, tokens)
+                    _start_(sae, cfgs[name], x, tokens)
                 row = _step_(sae, opts[name], cfgs[name], x, tokens, step / steps, log)
                 seconds[name] += time.perf_counter() - started
                 if log and not math.isfinite(row["loss"]):
@@ -721,9 +733,17 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
 
 
 @torch.no_grad()
-def _start_(sae: TSAE, x: Tensor, tokens: Tensor) -> None:
-    """b_dec starts at the mean of what the table leaves (not stated in the paper; the same rule for every system)."""
+def _start_(sae: TSAE, cfg: TrainConfig, x: Tensor, tokens: Tensor) -> None:
+    """b_dec starts at the mean of what the table leaves (not stated in the paper; the same rule for every system). With
+    `start_l0` every feature's bias is set on the first batch so that it fires on an equal share of it."""
     sae.b_dec.copy_((x if sae.lookup is None else x - sae.lookup(tokens)).mean(0))
+    if cfg.start_l0 and sae.cfg.activation in ("relu", "gated"):
+        n = max(1, round(len(x) * min(1.0, cfg.start_l0 / sae.cfg.d_sae)))
+        biases = [sae.b_enc] if sae.cfg.activation == "relu" else [sae.b_gate, sae.b_mag]
+        for some in torch.arange(sae.cfg.d_sae, device=x.device).split(2048):
+            lowest = F.linear(x - sae.b_dec, sae.W_enc_FD[some]).topk(n, dim=0).values[-1]
+            for bias in biases:
+                bias[some] = -lowest
     sae.bf16 = fast_bf16(x.device)
     sae.train()
 

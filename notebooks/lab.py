@@ -71,6 +71,8 @@ class Profile:
     buffer_tokens: int = 2**17
     lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # the grid of every system
     lr_tokens: int = 1_000_000  # a run of the search
+    l1s: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0)  # figure 6: relu; gated twice that
+    architecture_tokens: int = 1_000_000  # figure 6: batchtopk, relu, gated
     eval_tokens: int = 24_000  # held-out tokens for cross-entropy
     speedup_depths: tuple[float, ...] = (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6)  # notebook 10: every layer of the testbed but the embedding
     budgets: tuple[int, ...] = (500_000, 2_000_000)  # notebook 10
@@ -89,11 +91,12 @@ class Profile:
 PROFILES = {
     "record": Profile("record"),
     "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 8e-3), lr_tokens=100_000,
-                    eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16,
+                    l1s=(8.0,), architecture_tokens=200_000, eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16,
                     speedup_depths=(4 / 6,), budgets=(100_000, 400_000), curve_tokens=3_000, curve_points=8, ablation_tokens=200_000,
                     expansions=(4, 16), feature_tokens=30_000, features=256),
     "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, probe_tokens=4_096, batch_size=512,
-                     buffer_tokens=2_048, lrs=(4e-3,), lr_tokens=1_024, eval_tokens=1_024, ngram_tokens=50_000, ngrams=200,
+                     buffer_tokens=2_048, lrs=(4e-3,), lr_tokens=1_024, l1s=(8.0,), architecture_tokens=2_048,
+                     eval_tokens=1_024, ngram_tokens=50_000, ngrams=200,
                      patch_rows=2, patch_positions=4, speedup_depths=(4 / 6,),
                      budgets=(2_048, 4_096), curve_tokens=512, curve_points=3, ablation_tokens=1_024, expansions=(1, 2),
                      feature_tokens=2_048, features=16),
@@ -117,6 +120,11 @@ SYSTEMS = {
     "table-only": {"color": "#000000", "marker": "P", "linestyle": ":"},
     "relu": {"color": "#56B4E9", "marker": "D", "linestyle": "-"},
     "relu+lookup": {"color": "#E69F00", "marker": "d", "linestyle": "-"},
+    "batchtopk": {"color": "#0072B2", "marker": "p", "linestyle": "-"},
+    "batchtopk+lookup": {"color": "#D55E00", "marker": "*", "linestyle": "-"},
+    "gated": {"color": "#56B4E9", "marker": "h", "linestyle": "-"},
+    "gated+lookup": {"color": "#E69F00", "marker": "H", "linestyle": "-"},
+    "gated+lookup (1e-4)": {"color": "#CC79A7", "marker": "8", "linestyle": ":"},
     "topk+lookup (zero start)": {"color": "#E69F00", "marker": "D", "linestyle": "--"},
     "untrained table": {"color": "#000000", "marker": "x", "linestyle": ":"},
 }
@@ -138,6 +146,7 @@ class Arm:
     lr_lookup: float = 1e-2  # the authors' value for TopK's table
     frozen: bool = False  # the table is not trained
     aux_k: int = 0  # AuxK's dead features
+    start_l0: float = 0.0  # relu, gated: features active at the start
     curve: int = 0  # held-out tokens for measurements on the way, spaced logarithmically
 
 
@@ -347,8 +356,8 @@ class Lab:
                 print(f"training {len(each)} SAEs: {sum(each) / 1e6:.1f}M parameters, {gib:.2f} GiB with Adam and gradients")
                 saes = {n: self._new_sae(a, layer, seed) for n, a in missing.items()}
                 window = min(tu.TrainConfig().dead_window, tokens // 4)
-                cfgs = {n: tu.TrainConfig(tokens=tokens, lr=a.lr, lr_lookup=a.lr_lookup, aux_k=a.aux_k, aux_window=window // 5,
-                                          dead_window=window) for n, a in missing.items()}
+                cfgs = {n: tu.TrainConfig(tokens=tokens, lr=a.lr, lr_lookup=a.lr_lookup, start_l0=a.start_l0, aux_k=a.aux_k,
+                                          aux_window=window // 5, dead_window=window) for n, a in missing.items()}
                 stream = tu.ActivationStream(self.lm, self.train_rows, self.hook(layer), self.p.batch_size, self.p.buffer_tokens, seed)
                 measured, after_step = self._measure_on_the_way(missing, saes, layer, tokens)
                 history = tu.train(saes, stream, cfgs, after_step=after_step)
@@ -421,11 +430,11 @@ class Lab:
             raise FileNotFoundError(f"{path.name} is not in {path.parent}: run this notebook once before redrawing")
         return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "None" and "null" are tokens
 
-    def savefig(self, figure: plt.Figure) -> None:
-        """Write <id>.png and <id>.pdf."""
+    def savefig(self, figure: plt.Figure, suffix: str = "") -> None:
+        """Write <id><suffix>.png and .pdf."""
         self.out.mkdir(parents=True, exist_ok=True)
         for kind in ("png", "pdf"):
-            figure.savefig(self.out / f"{self.id}.{kind}", metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
+            figure.savefig(self.out / f"{self.id}{suffix}.{kind}", metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
 
     def paper(self, figure: str) -> pd.DataFrame:
         """The paper's values for one figure, from notebooks/paper_numbers.csv (provenance in its `source` column)."""

@@ -132,10 +132,14 @@ def test_pareto_is_complete():
     df = pd.read_csv(RECORD / "fig6_pareto.csv")
     assert list(df.columns) == PARETO
     systems = {"topk", "topk+lookup", "topk-size-matched", "topk-k+1", "table-only", "topk+shuffled-lookup", "topk-half-encoder"}
-    assert set(df.system) == systems and df.seed.nunique() == 3
-    grid = df[df.system != "table-only"].groupby("system")
+    penalised = {"relu", "relu+lookup", "gated", "gated+lookup", "gated+lookup (1e-4)"}
+    assert set(df.system) == systems | penalised | {"batchtopk", "batchtopk+lookup"} and df.seed.nunique() == 3
+    curves = df[df.system.isin(penalised)].groupby("system")
+    assert (curves.l1_coefficient.nunique() == 4).all() and (curves.size() == 12).all() and (df.k.isna() == df.system.isin(penalised)).all()
+    grid = df[df.system.isin(systems - {"table-only"})].groupby("system")
     assert (grid.k.nunique() == 5).all() and (grid.size() == 15).all()
-    assert df.drop(columns=["l1_coefficient", "lr_lookup"]).notna().all().all()
+    assert (df[df.system.str.startswith("batchtopk")].groupby("system").size() == 15).all()
+    assert df.drop(columns=["k", "l1_coefficient", "lr_lookup"]).notna().all().all()
 
 
 def test_the_scorecard_is_every_claim():

@@ -41,7 +41,7 @@ def naive(sae: tu.TSAE, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Te
             gate = projected + sae.b_gate
             acts = (projected * sae.r_mag.exp() + sae.b_mag).relu() * (gate > 0)
             frozen = gate.relu() @ sae.W_dec.detach() + sae.b_dec.detach() + (table if sae.lookup is None else table.detach())
-            penalty = (gate.relu() * norms).sum(-1).mean() + (x - frozen).square().sum(-1).mean()
+            penalty = (gate.relu() * norms.detach()).sum(-1).mean() + (x - frozen).square().sum(-1).mean()
     return acts @ sae.W_dec + sae.b_dec + table, acts, penalty
 
 

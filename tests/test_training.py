@@ -149,3 +149,19 @@ def test_a_run_is_reproducible(lm, rows):
         return sae.W_dec.detach()
 
     assert torch.equal(run(0), run(0)) and not torch.equal(run(0), run(1))
+
+
+@pytest.mark.parametrize("activation", ["relu", "gated"])
+@pytest.mark.parametrize("table", [False, True])
+def test_biases_start_where_asked(activation, table):
+    """`start_l0`: every feature fires on an equal share of the first batch, whatever the table leaves for b_dec."""
+    g = torch.Generator().manual_seed(0)
+    x, tokens = torch.randn(1000, 8, generator=g) + 3, torch.randint(5, (1000, 1), generator=g)
+    lookup = tu.TokenLookup(torch.randn(5, 8, generator=g)) if table else None
+    sae = tu.TSAE(tu.TSAEConfig(d_in=8, d_sae=40, activation=activation), lookup)
+    tu._start_(sae, tu.TrainConfig(start_l0=4), x, tokens)
+    sae.bf16 = False
+    out, acts = sae(x, tokens), sae.encode(x)
+    assert out.l0.float().mean() == pytest.approx(4, abs=0.1) and ((acts > 0).sum(0) - 100).abs().max() <= 1  # the lowest sits at zero
+    tu._start_(sae, tu.TrainConfig(start_l0=1000), x, tokens)
+    assert (sae.encode(x) > 0).float().mean() > 0.99, "more than there are: all of them"
