@@ -24,6 +24,7 @@ import re
 import shutil
 import sys
 import time
+from array import array
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -32,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -314,7 +315,8 @@ def read_documents(source: str | Path, text_column: str = "text") -> Iterator[st
                                 f"network, or give a local copy ({error})") from error
 
 
-def token_rows(documents: Iterable[str], lm: LanguageModel, context_size: int, max_tokens: float = math.inf) -> Tensor:
+def token_rows(documents: Iterable[str], lm: LanguageModel, context_size: int, max_tokens: float = math.inf,
+               progress: bool = False) -> Tensor:
     """Token ids [R, L] int32: documents joined by the separator and cut to the context, BOS first in every row.
 
     Built here and not by a tokenizer's own padding or BOS rules, which differ. At most `max_tokens` ids are kept (a
@@ -322,15 +324,17 @@ def token_rows(documents: Iterable[str], lm: LanguageModel, context_size: int, m
     """
     if context_size < 2:
         raise ValueError(f"context_size = {context_size} must be at least 2: BOS and one token")
-    flat: list[int] = []
-    documents = iter(documents)
-    while len(flat) < max_tokens and (chunk := list(islice(documents, 512))):
-        for ids in lm.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
-            flat += [*ids, lm.separator_id]
+    flat, documents = array("i"), iter(documents)  # four bytes a token
+    total = None if max_tokens == math.inf else int(max_tokens)
+    with tqdm(total=total, desc="reading text", unit="tok", unit_scale=True, disable=not progress) as bar:
+        while len(flat) < max_tokens and (chunk := list(islice(documents, 512))):
+            for ids in lm.tokenizer(chunk, add_special_tokens=False, verbose=False)["input_ids"]:
+                flat.extend([*ids, lm.separator_id])
+            bar.update(len(flat) - bar.n)
     n = int(min(len(flat), max_tokens)) // (context_size - 1)
     if n == 0:
         raise ValueError(f"the corpus is empty or too small: {len(flat)} tokens do not fill one row of {context_size}")
-    ids = torch.tensor(flat[: n * (context_size - 1)], dtype=torch.int32).view(n, context_size - 1)
+    ids = torch.frombuffer(flat, dtype=torch.int32)[: n * (context_size - 1)].view(n, context_size - 1)
     if int(ids.max()) >= lm.n_vocab:
         raise ValueError(f"token id {int(ids.max())} lies beyond the embedding of {lm.n_vocab} rows: is this the model's tokenizer?")
     return torch.cat([torch.full((n, 1), lm.bos_id, dtype=torch.int32), ids], dim=1)
@@ -354,7 +358,8 @@ class ActivationStream:
     """Shuffled batches (x_BD fp32, tokens_BN int64) of one hook point, endlessly, in an order fixed by the seed.
 
     Rows are visited in a new random order each epoch. A preallocated buffer is filled, shuffled and drained whole
-    (what does not make up a batch is dropped), so the state of the stream is the number of buffers drained.
+    (what does not make up a batch is dropped), so a place in the stream is two numbers, `position`: buffers drained and
+    batches taken from the next. `batches(position)` goes on from there, harvesting that buffer again.
     tokens_BN holds the last N tokens up to and including the one the activation sits on (N = 1 in the paper).
     """
 
@@ -369,11 +374,13 @@ class ActivationStream:
         self.x = torch.empty(size, lm.d_model, device=lm.device)
         self.tokens = torch.empty(size, order, dtype=torch.int64, device=lm.device)
         self.seconds = 0.0  # spent in the language model
+        self.position = (0, 0)  # of the batch after the one given last
 
-    def _row_order(self) -> Iterator[int]:
-        for epoch in range(2**31):
+    def _row_order(self, start: int) -> Iterator[int]:
+        for epoch in range(start // len(self.rows), 2**31):
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
-            yield from torch.randperm(len(self.rows), generator=generator).tolist()
+            order = torch.randperm(len(self.rows), generator=generator).tolist()
+            yield from order[max(0, start - epoch * len(self.rows)) :]
 
     def _fill(self, chosen: list[int]) -> int:
         """Harvest these rows into the buffer; returns how many activations it now holds."""
@@ -389,8 +396,12 @@ class ActivationStream:
         return n
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = self._row_order()
-        for buffer in range(2**31):
+        return self.batches()
+
+    def batches(self, position: tuple[int, int] = (0, 0)) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches from a place in the stream on. Raises ValueError where a buffer does not fill one batch."""
+        order = self._row_order(position[0] * self.rows_per_buffer)
+        for buffer in range(position[0], 2**31):
             started = time.perf_counter()
             n = self._fill(list(islice(order, self.rows_per_buffer)))
             self.seconds += time.perf_counter() - started
@@ -398,8 +409,9 @@ class ActivationStream:
                 raise ValueError(f"a buffer of {n} activations does not fill one batch of {self.batch_size}: raise buffer_tokens")
             generator = torch.Generator().manual_seed(2_000_003 * self.seed + buffer)
             mixed = torch.randperm(n, generator=generator).to(self.lm.device)
-            for i in range(0, n - self.batch_size + 1, self.batch_size):
-                at = mixed[i : i + self.batch_size]
+            for i in range(position[1] if buffer == position[0] else 0, n // self.batch_size):
+                at = mixed[i * self.batch_size : (i + 1) * self.batch_size]
+                self.position = (buffer, i + 1)
                 yield self.x[at], self.tokens[at]
 
 
@@ -662,8 +674,11 @@ class TSAE(nn.Module):
     @torch.no_grad()
     def count_firing_(self, out: TSAEOutput) -> None:
         """Update tokens_since_fired [F], counted in tokens."""
-        self.tokens_since_fired += len(out.x_hat)
-        self.tokens_since_fired[out.fired] = 0
+        fired = out.fired.to(torch.uint8)
+        if (world := _world()) > 1:
+            torch.distributed.all_reduce(fired, torch.distributed.ReduceOp.MAX)
+        self.tokens_since_fired += world * len(out.x_hat)
+        self.tokens_since_fired[fired > 0] = 0
 
     def dead_fraction(self, window: int) -> float:
         """Share of features that fired on none of the last `window` training tokens."""
@@ -684,15 +699,33 @@ def optimiser_for(sae: TSAE, cfg: TrainConfig) -> torch.optim.Adam:
     return torch.optim.Adam(groups, fused=sae.W_dec.device.type != "mps")
 
 
+def _world() -> int:
+    """Processes that train together (torchrun); 1 without."""
+    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
+
+
+def _average_(*tensors: Tensor) -> None:
+    """Replace tensors by their mean over processes."""
+    if (world := _world()) > 1:
+        for tensor in tensors:
+            torch.distributed.all_reduce(tensor)
+            tensor /= world
+
+
 def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig | Mapping[str, TrainConfig], *,
-          log_every: int = 20, progress: bool = True, after_step: Callable[[int], None] | None = None) -> list[dict]:
+          log_every: int = 20, progress: bool = True, after_step: Callable[[int], None] | None = None,
+          checkpoint: str | Path | None = None, checkpoint_every: int = 1_000_000) -> list[dict]:
     """Train every SAE in place on the same batches; the language model runs once for all of them.
 
     `cfg` is one TrainConfig or one for each name (equal `tokens`). Returns the history: a row for each SAE every
     `log_every` steps and at the last (`system, step, tokens, loss, nmse, l0, dead_fraction, seconds`), seconds being
     the time spent on that SAE alone. `after_step(step)` is called after every step, to measure or save on the way.
-    Afterwards the SAEs are in evaluation mode. Raises ValueError for an SAE that cannot be trained as configured,
-    FloatingPointError naming the SAE whose loss is not finite.
+
+    With `checkpoint`, a file, everything is written there every `checkpoint_every` tokens and at the end, and a run
+    that finds the file goes on from it: on the same machine and number of threads it ends bit for bit as without a break.
+    Under torchrun each process trains on a stream of its own rows; gradients are averaged, tokens counted over all.
+    Afterwards the SAEs are in evaluation mode. Raises ValueError for an SAE that cannot be trained as configured or a
+    checkpoint of another run, FloatingPointError naming the SAE whose loss is not finite.
     """
     cfgs = {name: cfg if isinstance(cfg, TrainConfig) else cfg[name] for name in saes}
     if len({c.tokens for c in cfgs.values()}) > 1:
@@ -704,12 +737,21 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
             raise ValueError(f"{name!r}: aux_k is for topk and batchtopk, not {sae.cfg.activation}")
         if sae.lookup is not None and hasattr(stream, "lm"):
             sae.lookup.check_vocabulary(stream.lm.n_vocab)
-    steps = max(1, next(iter(cfgs.values())).tokens // stream.batch_size)
+    batch = stream.batch_size * _world()
+    steps = max(1, next(iter(cfgs.values())).tokens // batch)
     opts = {name: optimiser_for(sae, cfgs[name]) for name, sae in saes.items()}
-    seconds, history = dict.fromkeys(saes, 0.0), []
-    bar = tqdm(total=steps * stream.batch_size, desc=f"training {len(saes)} SAEs", unit="tok", unit_scale=True, disable=not progress)
+    first, position, seconds, history = 0, (0, 0), dict.fromkeys(saes, 0.0), []
+    if checkpoint is not None and Path(checkpoint).exists():
+        first, position, seconds, history = load_checkpoint(checkpoint, saes, opts, cfgs, stream)
+    batches = stream.batches(position) if first else iter(stream)
+    each = max(1, checkpoint_every // batch)
+    bar = tqdm(total=steps * batch, initial=first * batch, desc=f"training {len(saes)} SAEs" if len(saes) > 1 else "training", unit="tok",
+               unit_scale=True, disable=not progress)
+    for sae in saes.values():
+        sae.train()
+        sae.bf16 = sae.W_dec.dtype == torch.float32 and fast_bf16(sae.W_dec.device)
     try:
-        for step, (x, tokens) in enumerate(islice(stream, steps)):
+        for step, (x, tokens) in enumerate(islice(batches, steps - first), first):
             log = step % log_every == 0 or step == steps - 1
             for name, sae in saes.items():
                 started = time.perf_counter()
@@ -720,11 +762,13 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
                 if log and not math.isfinite(row["loss"]):
                     raise FloatingPointError(f"the loss of {name!r} is {row['loss']} at step {step}: lower its learning rate")
                 if log:
-                    seen = (step + 1) * stream.batch_size
-                    history.append({"system": name, "step": step, "tokens": seen, **row, "seconds": seconds[name]})
-            bar.update(stream.batch_size)
+                    history.append({"system": name, "step": step, "tokens": (step + 1) * batch, **row, "seconds": seconds[name]})
+                    bar.set_postfix(loss=f"{row['loss']:.4g}", l0=f"{row['l0']:.1f}", dead=f"{row['dead_fraction']:.0%}", refresh=False)
+            bar.update(batch)
             if after_step is not None:
                 after_step(step)
+            if checkpoint is not None and ((step + 1) % each == 0 or step == steps - 1):
+                save_checkpoint(checkpoint, saes, opts, cfgs, stream, {"step": step + 1, "seconds": seconds, "history": history})
     finally:  # an interrupted SAE is as usable as a finished one
         bar.close()
         for sae in saes.values():
@@ -737,15 +781,14 @@ def _start_(sae: TSAE, cfg: TrainConfig, x: Tensor, tokens: Tensor) -> None:
     """b_dec starts at the mean of what the table leaves (not stated in the paper; the same rule for every system). With
     `start_l0` every feature's bias is set on the first batch so that it fires on an equal share of it."""
     sae.b_dec.copy_((x if sae.lookup is None else x - sae.lookup(tokens)).mean(0))
+    _average_(sae.b_dec)
     if cfg.start_l0 and sae.cfg.activation in ("relu", "gated"):
         n = max(1, round(len(x) * min(1.0, cfg.start_l0 / sae.cfg.d_sae)))
-        biases = [sae.b_enc] if sae.cfg.activation == "relu" else [sae.b_gate, sae.b_mag]
-        for some in torch.arange(sae.cfg.d_sae, device=x.device).split(2048):
-            lowest = F.linear(x - sae.b_dec, sae.W_enc_FD[some]).topk(n, dim=0).values[-1]
-            for bias in biases:
-                bias[some] = -lowest
-    sae.bf16 = fast_bf16(x.device)
-    sae.train()
+        some = torch.arange(sae.cfg.d_sae, device=x.device).split(2048)
+        lowest = torch.cat([F.linear(x - sae.b_dec, sae.W_enc_FD[f]).topk(n, dim=0).values[-1] for f in some])
+        _average_(lowest)
+        for bias in [sae.b_enc] if sae.cfg.activation == "relu" else [sae.b_gate, sae.b_mag]:
+            bias.copy_(-lowest)
 
 
 def _step_(sae: TSAE, opt: torch.optim.Adam, cfg: TrainConfig, x: Tensor, tokens: Tensor, done: float, log: bool) -> dict:
@@ -759,13 +802,85 @@ def _step_(sae: TSAE, opt: torch.optim.Adam, cfg: TrainConfig, x: Tensor, tokens
         loss = loss + cfg.aux_coefficient * sae.dead_features_error(x, out.x_hat, cfg.aux_k, cfg.aux_window)
     opt.zero_grad()
     loss.backward()
+    _average_(*(p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None))
     opt.step()
+    if sae.cfg.activation == "batchtopk":
+        _average_(sae.threshold)
     sae.count_firing_(out)
     if not log:
         return {}
     with torch.no_grad():
-        nmse = ((x - out.x_hat).square().sum(-1) / x.square().sum(-1)).mean().item()
-    return {"loss": loss.item(), "nmse": nmse, "l0": out.l0.float().mean().item(), "dead_fraction": sae.dead_fraction(cfg.dead_window)}
+        nmse = ((x - out.x_hat).square().sum(-1) / x.square().sum(-1)).mean()
+        row = torch.stack([loss.detach(), nmse, out.l0.to(nmse.dtype).mean()])
+        _average_(row)
+    loss_, nmse, l0 = row.tolist()
+    return {"loss": loss_, "nmse": nmse, "l0": l0, "dead_fraction": sae.dead_fraction(cfg.dead_window)}
+
+
+def _everything(saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam]) -> dict[str, Tensor]:
+    """Every tensor that training changes, by name: parameters, buffers, Adam's moments and step counts."""
+    found = {}
+    for name, sae in saes.items():
+        found |= {f"{name}/{n}": t.detach() for n, t in (*sae.named_parameters(), *sae.named_buffers())}
+        found |= {f"{name}/{n}/{key}": t for n, p in sae.named_parameters() for key, t in opts[name].state.get(p, {}).items()}
+    return found
+
+
+def _identity(saes: Mapping[str, TSAE], cfgs: Mapping[str, TrainConfig], stream: ActivationStream) -> dict:
+    """What two runs must share for one to go on from the other's checkpoint."""
+    rows = hashlib.sha256(stream.rows.cpu().numpy().tobytes()).hexdigest() if _world() == 1 else "each process its own"
+    own = {k: getattr(stream, k) for k in ("batch_size", "seed", "rows_per_buffer", "order", "include_bos", "hook_name")}
+    return {**{f"sae {name}": {**asdict(sae.cfg), "table": sae.lookup is not None} for name, sae in saes.items()},
+            **{f"training of {name}": asdict(c) for name, c in cfgs.items()},
+            "stream": {**own, "rows": rows, "model": stream.lm.fingerprint, "processes": _world()}}
+
+
+def save_checkpoint(path: str | Path, saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam], cfgs: Mapping[str, TrainConfig],
+                    stream: ActivationStream, progress: Mapping) -> None:
+    """Write a checkpoint of `train`, one safetensors file; the old one stays until the new one is whole."""
+    places = [torch.tensor(stream.position, device=stream.lm.device)]
+    if (world := _world()) > 1:
+        here, places = places[0], [torch.zeros_like(places[0]) for _ in range(world)]
+        torch.distributed.all_gather(places, here)
+        if torch.distributed.get_rank():  # the first writes for all
+            return
+    state = {**progress, "positions": [p.tolist() for p in places], "run": _identity(saes, cfgs, stream)}
+    partial = (path := Path(path)).with_name(f".{path.name}.{os.getpid()}.partial")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        save_file({n: t.contiguous() for n, t in _everything(saes, opts).items()}, partial, {"state": json.dumps(state)})
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+@torch.no_grad()
+def load_checkpoint(path: str | Path, saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam], cfgs: Mapping[str, TrainConfig],
+                    stream: ActivationStream) -> tuple[int, tuple[int, int], dict[str, float], list[dict]]:
+    """Put a checkpoint back; returns (steps done, place in the stream, seconds, history). Raises ValueError where the
+    file is damaged or of another run."""
+    try:
+        with safe_open(path, "pt", device=str(stream.lm.device)) as file:
+            state = json.loads(file.metadata()["state"])
+            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to start again") from error
+    mine = json.loads(json.dumps(_identity(saes, cfgs, stream)))
+    if state["run"] != mine:
+        part = next(k for k in {**mine, **state["run"]} if mine.get(k) != state["run"].get(k))
+        was, now = state["run"].get(part) or {}, mine.get(part) or {}
+        what = [f"{k} {was.get(k)} there, {now.get(k)} here" for k in {**was, **now} if was.get(k) != now.get(k)]
+        raise ValueError(f"the checkpoint {path} is of another run ({part}: {'; '.join(what)}): delete it or give another file")
+    for name, sae in saes.items():
+        for n, t in (*sae.named_parameters(), *sae.named_buffers()):
+            t.copy_(found[f"{name}/{n}"])
+        for n, p in sae.named_parameters():
+            if f"{name}/{n}/step" in found:  # not of a frozen table; Adam keeps its count on the CPU unless fused
+                opts[name].state[p] = {key: found[f"{name}/{n}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
+    rank = torch.distributed.get_rank() if _world() > 1 else 0
+    return state["step"], tuple(state["positions"][rank]), state["seconds"], state["history"]
 
 
 # ---------------------------------------------------------------------------------------------
