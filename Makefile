@@ -4,7 +4,7 @@ PYTHON ?= python3
 NB ?=
 PY := .venv/bin/python
 
-.PHONY: figures redraw record readme test testbed saes clean
+.PHONY: figures redraw record readme test kill testbed saes clean
 
 figures: .venv/ready        ## every notebook; writes figures/$(PROFILE)/
 	$(PY) notebooks/run.py --profile $(PROFILE)
@@ -25,6 +25,9 @@ test: .venv/ready           ## lint, unit tests, every notebook at smoke
 
 readme: .venv/ready         ## the README's tables again, from figures/record/
 	$(PY) notebooks/readme.py
+
+kill: .venv/ready           ## SIGKILL a training twenty times and compare its end with an undisturbed one
+	TSAE_KILLS=20 $(PY) -m pytest -q -s tests/test_resume.py -k killed
 
 testbed: .venv/ready        ## train the embedded language model from nothing
 	$(PY) testbed/train.py

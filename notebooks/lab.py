@@ -71,7 +71,7 @@ class Profile:
     buffer_tokens: int = 2**17
     lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # the grid of every system
     lr_tokens: int = 1_000_000  # a run of the search
-    l1s: tuple[float, ...] = (4.0, 8.0, 16.0, 32.0)  # figure 6: relu; gated twice that
+    l1s: tuple[float, ...] = (4.0, 10.0, 24.0)  # figure 6: relu; gated twice that
     architecture_tokens: int = 1_000_000  # figure 6: batchtopk, relu, gated
     eval_tokens: int = 24_000  # held-out tokens for cross-entropy
     speedup_depths: tuple[float, ...] = (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6)  # notebook 10: every layer of the testbed but the embedding
@@ -91,11 +91,11 @@ class Profile:
 PROFILES = {
     "record": Profile("record"),
     "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 8e-3), lr_tokens=100_000,
-                    l1s=(8.0,), architecture_tokens=200_000, eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16,
+                    l1s=(10.0,), architecture_tokens=200_000, eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16,
                     speedup_depths=(4 / 6,), budgets=(100_000, 400_000), curve_tokens=3_000, curve_points=8, ablation_tokens=200_000,
                     expansions=(4, 16), feature_tokens=30_000, features=256),
     "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, probe_tokens=4_096, batch_size=512,
-                     buffer_tokens=2_048, lrs=(4e-3,), lr_tokens=1_024, l1s=(8.0,), architecture_tokens=2_048,
+                     buffer_tokens=2_048, lrs=(4e-3,), lr_tokens=1_024, l1s=(10.0,), architecture_tokens=2_048,
                      eval_tokens=1_024, ngram_tokens=50_000, ngrams=200,
                      patch_rows=2, patch_positions=4, speedup_depths=(4 / 6,),
                      budgets=(2_048, 4_096), curve_tokens=512, curve_points=3, ablation_tokens=1_024, expansions=(1, 2),

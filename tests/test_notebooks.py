@@ -135,7 +135,7 @@ def test_pareto_is_complete():
     penalised = {"relu", "relu+lookup", "gated", "gated+lookup", "gated+lookup (1e-4)"}
     assert set(df.system) == systems | penalised | {"batchtopk", "batchtopk+lookup"} and df.seed.nunique() == 3
     curves = df[df.system.isin(penalised)].groupby("system")
-    assert (curves.l1_coefficient.nunique() == 4).all() and (curves.size() == 12).all() and (df.k.isna() == df.system.isin(penalised)).all()
+    assert (curves.l1_coefficient.nunique() == 3).all() and (curves.size() == 9).all() and (df.k.isna() == df.system.isin(penalised)).all()
     grid = df[df.system.isin(systems - {"table-only"})].groupby("system")
     assert (grid.k.nunique() == 5).all() and (grid.size() == 15).all()
     assert (df[df.system.str.startswith("batchtopk")].groupby("system").size() == 15).all()
