@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -376,6 +376,11 @@ class ActivationStream:
         self.seconds = 0.0  # spent in the language model
         self.position = (0, 0)  # of the batch after the one given last
 
+    @cached_property
+    def digest(self) -> int:
+        """Number that tells these rows from others."""
+        return int.from_bytes(hashlib.sha256(memoryview(self.rows.cpu().contiguous().numpy()).cast("B")).digest()[:7])
+
     def _row_order(self, start: int) -> Iterator[int]:
         for epoch in range(start // len(self.rows), 2**31):
             generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
@@ -712,6 +717,18 @@ def _average_(*tensors: Tensor) -> None:
             tensor /= world
 
 
+@torch.no_grad()
+def _same_everywhere_(saes: Mapping[str, TSAE], first: int) -> None:
+    """Give every process the first one's weights. Raises ValueError where they do not start at the same step."""
+    here = torch.tensor([first, -first], device=next(iter(saes.values())).W_dec.device)
+    torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MAX)
+    if here.sum():
+        raise ValueError(f"processes start at steps {-int(here[1])} to {int(here[0])}: all must see the checkpoint, in a folder they share")
+    for sae in saes.values():
+        for tensor in (*sae.parameters(), *sae.buffers()):
+            torch.distributed.broadcast(tensor.data, 0)
+
+
 def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig | Mapping[str, TrainConfig], *,
           log_every: int = 20, progress: bool = True, after_step: Callable[[int], None] | None = None,
           checkpoint: str | Path | None = None, checkpoint_every: int = 1_000_000) -> list[dict]:
@@ -719,13 +736,15 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
 
     `cfg` is one TrainConfig or one for each name (equal `tokens`). Returns the history: a row for each SAE every
     `log_every` steps and at the last (`system, step, tokens, loss, nmse, l0, dead_fraction, seconds`), seconds being
-    the time spent on that SAE alone. `after_step(step)` is called after every step, to measure or save on the way.
+    the time spent on that SAE alone (on a CPU; a GPU's work is billed to whoever waits for it). `after_step(step)` is
+    called after every step that this call takes, to measure or save on the way.
 
     With `checkpoint`, a file, everything is written there every `checkpoint_every` tokens and at the end, and a run
-    that finds the file goes on from it: on the same machine and number of threads it ends bit for bit as without a break.
-    Under torchrun each process trains on a stream of its own rows; gradients are averaged, tokens counted over all.
-    Afterwards the SAEs are in evaluation mode. Raises ValueError for an SAE that cannot be trained as configured or a
-    checkpoint of another run, FloatingPointError naming the SAE whose loss is not finite.
+    that finds the file goes on from it: on the same CPU and number of threads it ends bit for bit as without a break.
+    Under torchrun each process trains the first one's SAEs on a stream of its own rows; gradients are averaged, tokens
+    counted over all. Afterwards the SAEs are in evaluation mode. Raises ValueError for an SAE that cannot be trained as
+    configured, a stream that cannot be gone on with or a checkpoint of another run, FloatingPointError naming the SAE
+    whose loss is not finite, OSError where a checkpoint cannot be written (the one before stays).
     """
     cfgs = {name: cfg if isinstance(cfg, TrainConfig) else cfg[name] for name in saes}
     if len({c.tokens for c in cfgs.values()}) > 1:
@@ -740,9 +759,15 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
     batch = stream.batch_size * _world()
     steps = max(1, next(iter(cfgs.values())).tokens // batch)
     opts = {name: optimiser_for(sae, cfgs[name]) for name, sae in saes.items()}
-    first, position, seconds, history = 0, (0, 0), dict.fromkeys(saes, 0.0), []
-    if checkpoint is not None and Path(checkpoint).exists():
-        first, position, seconds, history = load_checkpoint(checkpoint, saes, opts, cfgs, stream)
+    first, position, seconds, history, run = 0, (0, 0), dict.fromkeys(saes, 0.0), [], {}
+    if checkpoint is not None:
+        if not isinstance(stream, ActivationStream):
+            raise ValueError("a checkpoint needs a stream that can go on from a place: an ActivationStream")
+        run = _identity(saes, cfgs, stream)
+        if Path(checkpoint).exists():
+            first, position, seconds, history = load_checkpoint(checkpoint, saes, opts, run, stream)
+    if _world() > 1:
+        _same_everywhere_(saes, first)
     batches = stream.batches(position) if first else iter(stream)
     each = max(1, checkpoint_every // batch)
     bar = tqdm(total=steps * batch, initial=first * batch, desc=f"training {len(saes)} SAEs" if len(saes) > 1 else "training", unit="tok",
@@ -763,12 +788,13 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
                     raise FloatingPointError(f"the loss of {name!r} is {row['loss']} at step {step}: lower its learning rate")
                 if log:
                     history.append({"system": name, "step": step, "tokens": (step + 1) * batch, **row, "seconds": seconds[name]})
+                if log and len(saes) == 1:
                     bar.set_postfix(loss=f"{row['loss']:.4g}", l0=f"{row['l0']:.1f}", dead=f"{row['dead_fraction']:.0%}", refresh=False)
             bar.update(batch)
+            if checkpoint is not None and ((step + 1) % each == 0 or step == steps - 1):
+                save_checkpoint(checkpoint, saes, opts, run, stream, {"step": step + 1, "seconds": seconds, "history": history})
             if after_step is not None:
                 after_step(step)
-            if checkpoint is not None and ((step + 1) % each == 0 or step == steps - 1):
-                save_checkpoint(checkpoint, saes, opts, cfgs, stream, {"step": step + 1, "seconds": seconds, "history": history})
     finally:  # an interrupted SAE is as usable as a finished one
         bar.close()
         for sae in saes.values():
@@ -827,60 +853,74 @@ def _everything(saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam]) 
 
 
 def _identity(saes: Mapping[str, TSAE], cfgs: Mapping[str, TrainConfig], stream: ActivationStream) -> dict:
-    """What two runs must share for one to go on from the other's checkpoint."""
-    rows = hashlib.sha256(stream.rows.cpu().numpy().tobytes()).hexdigest() if _world() == 1 else "each process its own"
-    own = {k: getattr(stream, k) for k in ("batch_size", "seed", "rows_per_buffer", "order", "include_bos", "hook_name")}
-    return {**{f"sae {name}": {**asdict(sae.cfg), "table": sae.lookup is not None} for name, sae in saes.items()},
-            **{f"training of {name}": asdict(c) for name, c in cfgs.items()},
-            "stream": {**own, "rows": rows, "model": stream.lm.fingerprint, "processes": _world()}}
+    """What two runs must share for one to go on from the other's checkpoint, as JSON would give it back."""
+    tables = {name: None if sae.lookup is None else "learned" if sae.lookup.W.requires_grad else "frozen" for name, sae in saes.items()}
+    own = {k: getattr(stream, k) for k in ("batch_size", "seed", "rows_per_buffer", "harvest_rows", "order", "include_bos", "hook_name")}
+    return json.loads(json.dumps({
+        **{f"sae {name}": {**asdict(sae.cfg), "table": tables[name], "dtype": str(sae.W_dec.dtype)} for name, sae in saes.items()},
+        **{f"training of {name}": asdict(c) for name, c in cfgs.items()},
+        "stream": {**own, "model": stream.lm.fingerprint, "bf16": stream.lm.bf16, "processes": _world()}}))
 
 
-def save_checkpoint(path: str | Path, saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam], cfgs: Mapping[str, TrainConfig],
+def save_checkpoint(path: str | Path, saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam], run: Mapping,
                     stream: ActivationStream, progress: Mapping) -> None:
-    """Write a checkpoint of `train`, one safetensors file; the old one stays until the new one is whole."""
-    places = [torch.tensor(stream.position, device=stream.lm.device)]
+    """Write a checkpoint of `train`, one safetensors file; the old one stays until the new one is whole. Raises OSError
+    where it cannot be written, FloatingPointError where a weight is not finite."""
+    places = [torch.tensor([*stream.position, stream.digest], device=stream.lm.device)]
     if (world := _world()) > 1:
         here, places = places[0], [torch.zeros_like(places[0]) for _ in range(world)]
         torch.distributed.all_gather(places, here)
         if torch.distributed.get_rank():  # the first writes for all
             return
-    state = {**progress, "positions": [p.tolist() for p in places], "run": _identity(saes, cfgs, stream)}
-    partial = (path := Path(path)).with_name(f".{path.name}.{os.getpid()}.partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
+    tensors, seen = {}, set()
+    for name, tensor in _everything(saes, opts).items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise FloatingPointError(f"{name} is not finite: lower the learning rate (the checkpoint before is as it was)")
+        shared = tensor.data_ptr() in seen  # a table of two SAEs
+        seen.add(tensor.data_ptr())
+        tensors[name] = tensor.clone() if shared else tensor.contiguous()
+    state = json.dumps({**progress, "places": [p.tolist() for p in places], "run": run})
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.partial")  # a folder, as safetensors makes files of its own on the way
+    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
     try:
-        save_file({n: t.contiguous() for n, t in _everything(saes, opts).items()}, partial, {"state": json.dumps(state)})
-        with open(partial, "rb+") as file:
+        partial.mkdir(parents=True)
+        save_file({**tensors, "state": torch.frombuffer(bytearray(state.encode()), dtype=torch.uint8)}, partial / path.name)
+        with open(partial / path.name, "rb+") as file:
             os.fsync(file.fileno())
-        partial.replace(path)
+        (partial / path.name).replace(path)
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"could not write the checkpoint {path} ({error}): make room; the one before is as it was") from error
     finally:
-        partial.unlink(missing_ok=True)
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @torch.no_grad()
-def load_checkpoint(path: str | Path, saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam], cfgs: Mapping[str, TrainConfig],
+def load_checkpoint(path: str | Path, saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam], run: Mapping,
                     stream: ActivationStream) -> tuple[int, tuple[int, int], dict[str, float], list[dict]]:
     """Put a checkpoint back; returns (steps done, place in the stream, seconds, history). Raises ValueError where the
     file is damaged or of another run."""
+    if not Path(path).is_file():
+        raise ValueError(f"the checkpoint {path} is not a file: give another name")
     try:
-        with safe_open(path, "pt", device=str(stream.lm.device)) as file:
-            state = json.loads(file.metadata()["state"])
-            found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, ValueError, TypeError, KeyError) as error:
+        found = load_file(path, device=str(stream.lm.device))
+        state = json.loads(bytes(found.pop("state").tolist()))
+    except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to start again") from error
-    mine = json.loads(json.dumps(_identity(saes, cfgs, stream)))
-    if state["run"] != mine:
-        part = next(k for k in {**mine, **state["run"]} if mine.get(k) != state["run"].get(k))
-        was, now = state["run"].get(part) or {}, mine.get(part) or {}
-        what = [f"{k} {was.get(k)} there, {now.get(k)} here" for k in {**was, **now} if was.get(k) != now.get(k)]
-        raise ValueError(f"the checkpoint {path} is of another run ({part}: {'; '.join(what)}): delete it or give another file")
+    rank = torch.distributed.get_rank() if _world() > 1 else 0
+    if state["run"] == run and state["places"][rank][2] != stream.digest:
+        raise ValueError(f"the checkpoint {path} is of another run (other rows of text): delete it or give another file")
+    for part in {**run, **state["run"]}:
+        was, now = state["run"].get(part) or {}, run.get(part) or {}
+        if what := [f"{k} {was.get(k)} there, {now.get(k)} here" for k in {**was, **now} if was.get(k) != now.get(k)]:
+            raise ValueError(f"the checkpoint {path} is of another run ({part}: {'; '.join(what)}): delete it or give another file")
     for name, sae in saes.items():
         for n, t in (*sae.named_parameters(), *sae.named_buffers()):
             t.copy_(found[f"{name}/{n}"])
         for n, p in sae.named_parameters():
-            if f"{name}/{n}/step" in found:  # not of a frozen table; Adam keeps its count on the CPU unless fused
-                opts[name].state[p] = {key: found[f"{name}/{n}/{key}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-    rank = torch.distributed.get_rank() if _world() > 1 else 0
-    return state["step"], tuple(state["positions"][rank]), state["seconds"], state["history"]
+            if f"{name}/{n}/step" in found:  # not of a frozen table
+                opts[name].state[p] = {key: found[f"{name}/{n}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
+    return state["step"], tuple(state["places"][rank][:2]), state["seconds"], state["history"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -974,15 +1014,21 @@ def _weights(architecture: str) -> tuple[str, ...]:
     return "W_enc", "W_dec", "b_dec", *own
 
 
+def refuse_other_files(folder: str | Path) -> Path:
+    """The folder itself. Raises FileExistsError where it exists and holds anything but a saved SAE."""
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or {f.name for f in folder.iterdir()} - set(FILES)):
+        raise FileExistsError(f"{folder} exists and holds other files: choose a folder of its own for the SAE")
+    return folder
+
+
 def save(sae: TSAE, folder: str | Path, metadata: Mapping | None = None, dtype: torch.dtype = torch.float32) -> Path:
     """Write `cfg.json`, `sae_weights.safetensors` (SAELens layout) and `token_lookup.safetensors` into `folder`.
 
     The folder appears whole; a saved SAE of the same name is replaced. `metadata` must be JSON. Raises
     FileExistsError where the folder holds anything else.
     """
-    folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or {f.name for f in folder.iterdir()} - set(FILES)):
-        raise FileExistsError(f"{folder} exists and holds other files: choose a folder of its own for the SAE")
+    folder = refuse_other_files(folder)
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)

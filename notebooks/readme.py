@@ -19,7 +19,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 def headline() -> str:
     """Figure 6 in three sentences."""
     df = pd.read_csv(RECORD / "fig6_pareto.csv")
-    df = df[~df.system.str.contains("relu|gated|batchtopk")]  # these have a budget of their own
+    df = df[~df.system.str.contains("relu|gated|batchtopk")].astype({"k": int})  # those have a budget of their own
     mean = df[df.k > 0].pivot_table(index="k", columns="system", values="ce_added")
     ratio = mean["topk+lookup"] / mean["topk"]
     controls = [c for c in mean if c not in ("topk", "topk+lookup")]

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import train
 import tsae_utils as tu
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -77,14 +78,15 @@ def uninterrupted(lm, rows):
     return state(saes), [{k: v for k, v in row.items() if k != "seconds"} for row in history]
 
 
+@pytest.mark.parametrize("every", [200, 300])  # within a buffer, and at its end
 @pytest.mark.parametrize("stops", [[0], [4], [7, 8], [13], [14]])
-def test_a_resumed_run_ends_bit_for_bit_the_same(lm, rows, uninterrupted, tmp_path, stops):
-    """Stopped after these steps, every 300 tokens on disk; weights, counters, thresholds and history are those of one run."""
+def test_a_resumed_run_ends_bit_for_bit_the_same(lm, rows, uninterrupted, tmp_path, stops, every):
+    """Stopped after these steps, a checkpoint every so many tokens; weights, counters, thresholds and history are those of one run."""
     for stop in [*stops, None]:
         saes = new_saes(lm)
         try:
             history = tu.train(saes, new_stream(lm, rows), CFGS, progress=False, log_every=4, checkpoint=tmp_path / "c.safetensors",
-                               checkpoint_every=300, after_step=None if stop is None else stop_at(stop))
+                               checkpoint_every=every, after_step=None if stop is None else stop_at(stop))
         except Stop:
             continue
     for name, value in state(saes).items():
@@ -101,9 +103,14 @@ def test_a_finished_run_is_not_trained_again(lm, rows, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(state(saes).values(), state(again).values(), strict=True))
 
 
+def frozen(lm) -> tu.TSAE:
+    return tu.TSAE(tu.TSAEConfig(d_in=32, d_sae=64, k=4), tu.TokenLookup(torch.zeros(lm.n_vocab, 32), trainable=False))
+
+
 @pytest.mark.parametrize("change, told", [
     (lambda lm, rows: (new_saes(lm), new_stream(lm, rows), replace(CFG, lr=2e-2)), "lr 0.01 there, 0.02 here"),
-    (lambda lm, rows: (new_saes(lm), new_stream(lm, rows[:-1]), CFG), "rows"),
+    (lambda lm, rows: (new_saes(lm), new_stream(lm, rows.flip(0)), CFG), "other rows"),
+    (lambda lm, rows: (new_saes(lm) | {"topk": frozen(lm)}, new_stream(lm, rows), CFG), "table learned there, frozen here"),
     (lambda lm, rows: ({"topk": tu.TSAE(tu.TSAEConfig(d_in=32, d_sae=32, k=4))}, new_stream(lm, rows), CFG), "d_sae 64 there, 32 here"),
     (lambda lm, rows: (new_saes(lm), tu.ActivationStream(lm, rows, HOOK, 100, 350, seed=4), CFG), "seed 3 there, 4 here"),
 ])
@@ -126,6 +133,52 @@ def test_a_damaged_checkpoint_is_refused(lm, rows, tmp_path):
     save_file({"x": torch.zeros(1)}, path)
     with pytest.raises(ValueError, match="damaged"):
         tu.train(new_saes(lm), new_stream(lm, rows), CFG, progress=False, checkpoint=path)
+    with pytest.raises(ValueError, match="not a file"):
+        tu.train(new_saes(lm), new_stream(lm, rows), CFG, progress=False, checkpoint=tmp_path)
+
+
+def test_a_bad_state_or_a_full_disk_leaves_the_last_checkpoint(lm, rows, tmp_path, monkeypatch):
+    path, saes = tmp_path / "c.safetensors", new_saes(lm)
+
+    def poison(step):
+        if step == 4:
+            saes["topk"].W_dec.data[0, 0] = float("nan")
+
+    with pytest.raises(FloatingPointError, match="topk/W_dec is not finite"):
+        tu.train(saes, new_stream(lm, rows), CFG, progress=False, checkpoint=path, checkpoint_every=100, after_step=poison)
+    kept = path.read_bytes()
+
+    def full(*_):
+        (tmp_path / ".c.safetensors.partial" / "c.safetensors").write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(tu, "save_file", full)
+    with pytest.raises(OSError, match=r"could not write the checkpoint .* the one before is as it was"):
+        tu.train(new_saes(lm), new_stream(lm, rows), CFG, progress=False, checkpoint=path, checkpoint_every=100)
+    assert path.read_bytes() == kept and [f.name for f in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+def test_what_cannot_be_gone_on_with_is_refused_before_training(lm, tmp_path):
+    class Endless:
+        batch_size = 10
+
+        def __iter__(self):
+            raise AssertionError("must not be read")
+
+    with pytest.raises(ValueError, match="ActivationStream"):
+        tu.train({"a": frozen(lm)}, Endless(), CFG, progress=False, checkpoint=tmp_path / "c.safetensors")
+
+
+def test_two_saes_may_share_a_table(lm, rows, tmp_path):
+    table = tu.TokenLookup(torch.randn(lm.n_vocab, 32), trainable=False)
+
+    def two():
+        return {n: tu.TSAE(tu.TSAEConfig(d_in=32, d_sae=64, k=k), table) for n, k in (("a", 2), ("b", 4))}
+
+    saes, again = two(), two()
+    tu.train(saes, new_stream(lm, rows), CFG, progress=False, checkpoint=tmp_path / "c.safetensors", checkpoint_every=300)
+    tu.train(again, new_stream(lm, rows), CFG, progress=False, checkpoint=tmp_path / "c.safetensors")
+    assert all(torch.equal(a, b) for a, b in zip(state(saes).values(), state(again).values(), strict=True))
 
 
 def command(folder: Path, gpt2_folder: Path, *more: str) -> list[str]:
@@ -168,7 +221,8 @@ def test_killed_at_random_moments(text_folder, gpt2_folder):
             break
     print(f"killed {kills} times")
     assert kills >= 2 * wanted // 3 and weights(out) == weights(text_folder / "whole") and len(weights(out)) == 2
-    assert not (text_folder / "killed.checkpoint.safetensors").exists(), "a finished run leaves no checkpoint"
+    left = {f.name for f in text_folder.iterdir()}
+    assert left == {"text.jsonl", "whole", "killed"}, "a finished run leaves no checkpoint and nothing partial"
 
 
 ONE_STEP = """
@@ -182,9 +236,10 @@ torch.distributed.init_process_group("gloo")
 rank, data = torch.distributed.get_rank(), load_file(folder / "data.safetensors")
 x, t = data["x"], data["t"]
 class Half:
-    batch_size = len(x) // 2
+    batch_size = 32
     def __iter__(self):
-        yield x.chunk(2)[rank], t.chunk(2)[rank]
+        for a, b in zip(x.split(64), t.split(64)):
+            yield a.chunk(2)[rank], b.chunk(2)[rank]
 exec((folder / "setup.py").read_text())
 history = tu.train(saes, Half(), cfgs, progress=False)
 if rank == 0:
@@ -198,22 +253,21 @@ torch.manual_seed(0)
 table, l1 = torch.randn(50, 16, dtype=torch.float64), {"topk": 0.0, "relu": 0.1, "gated": 0.1}
 cfg = {a: tu.TSAEConfig(d_in=16, d_sae=48, activation=a, k=4, l1_coefficient=c) for a, c in l1.items()}
 saes = {a: tu.TSAE(c, tu.TokenLookup(table)).double() for a, c in cfg.items()}
-cfgs = tu.TrainConfig(tokens=len(x), lr=1e-2)
+cfgs = {a: tu.TrainConfig(tokens=len(x), lr=1e-2, l1_warmup=0.0, aux_k=8 * (a == "topk"), aux_window=64) for a in saes}
 """
 
 
-def torchrun(*arguments: str) -> subprocess.CompletedProcess:
+def torchrun(*arguments: str, fails: bool = False) -> None:
     env = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "PYTHONPATH": str(ROOT)}
     start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     done = subprocess.run([*start, *arguments], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done
+    assert (done.returncode != 0) == fails, done.stderr
 
 
 def test_two_processes_step_as_one_on_the_union(tmp_path):
-    """One step in fp64 on fixed activations: weights, table rows, counters and log equal those of a single process."""
+    """Three steps in fp64 on fixed activations: weights, table rows, counters and log equal those of a single process."""
     g = torch.Generator().manual_seed(0)
-    x, t = torch.randn(64, 16, generator=g, dtype=torch.float64), torch.randint(50, (64, 1), generator=g)
+    x, t = torch.randn(192, 16, generator=g, dtype=torch.float64), torch.randint(50, (192, 1), generator=g)
     save_file({"x": x, "t": t}, tmp_path / "data.safetensors")
     (tmp_path / "step.py").write_text(ONE_STEP)
     (tmp_path / "setup.py").write_text(SETUP)
@@ -221,10 +275,10 @@ def test_two_processes_step_as_one_on_the_union(tmp_path):
     theirs, their_history = load_file(tmp_path / "out.safetensors"), json.loads((tmp_path / "history.json").read_text())
 
     class Whole:
-        batch_size = len(x)
+        batch_size = 64
 
         def __iter__(self):
-            yield x, t
+            yield from zip(x.split(64), t.split(64), strict=True)
 
     scope = {"torch": torch, "tu": tu, "x": x}
     exec(SETUP, scope)
@@ -238,7 +292,6 @@ def test_two_processes_step_as_one_on_the_union(tmp_path):
 
 
 def test_train_py_on_two_processes_trains_as_well(text_folder, gpt2_folder):
-    """Also stopped and gone on with: two processes keep two places in two streams."""
     env = os.environ | {"OMP_NUM_THREADS": "2", "CUDA_VISIBLE_DEVICES": ""}
     one = command(text_folder, gpt2_folder, "--out", str(text_folder / "one"))
     said = subprocess.run([sys.executable, *one], cwd=ROOT, env=env, check=True, capture_output=True, text=True)
@@ -247,3 +300,48 @@ def test_train_py_on_two_processes_trains_as_well(text_folder, gpt2_folder):
     errors = {n: tu.read_cfg(text_folder / n)["metadata"]["tokenized"]["heldout"]["nmse"] for n in ("one", "two")}
     assert errors["two"] == pytest.approx(errors["one"], rel=0.1) and errors["one"] < 0.8
     assert load_file(text_folder / "two" / "token_lookup.safetensors")["W_lookup"].shape == (64, 32)
+
+
+STOPPED = """
+import sys
+sys.argv = sys.argv[1:]
+import train, tsae_utils as tu
+whole = tu.train
+def stop(step):
+    if step == 30:
+        raise SystemExit(3)
+tu.train = lambda *a, **k: whole(*a, **k, after_step=stop)
+train.main()
+"""
+
+
+def test_two_processes_go_on_from_two_places(text_folder, gpt2_folder):
+    """Stopped at step 30, gone on with: byte for byte the run of two processes without a break."""
+    run = command(text_folder, gpt2_folder, "--checkpoint-every", "700")
+    torchrun(*run, "--out", str(text_folder / "whole"))
+    (text_folder / "stopped.py").write_text(STOPPED)
+    torchrun(str(text_folder / "stopped.py"), *run, "--out", str(text_folder / "stopped"), fails=True)
+    assert (text_folder / "stopped.checkpoint.safetensors").exists() and not (text_folder / "stopped").exists()
+    torchrun(*run, "--out", str(text_folder / "stopped"))
+    assert weights(text_folder / "stopped") == weights(text_folder / "whole")
+
+
+@pytest.mark.parametrize("more, told", [
+    ("--layer 9", "out of range"), ("--context-size 64", "beyond the model's 32 positions"), ("--k 65", "k = 65"),
+    ("--heldout-rows 0", "must be at least 1"), ("--batch-size 0", "must be at least 1"), ("--tokens inf", "must be at least 1"),
+    ("--corpus nowhere.jsonl", "no corpus at"), ("--heldout-rows 9999", "none are left"), ("--buffer-tokens 50", "must not exceed"),
+])
+def test_bad_arguments_get_one_sentence(text_folder, gpt2_folder, more, told, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [*command(text_folder, gpt2_folder, "--out", str(text_folder / "out")), *more.split()])
+    with pytest.raises((ValueError, OSError, SystemExit)) as error:
+        train.main()
+    assert told in f"{error.value} {capsys.readouterr().err}"
+
+
+def test_what_stands_in_the_way_is_found_before_training(text_folder, gpt2_folder):
+    for name, told in (("other", "holds other files"), ("done", "holds an SAE already")):
+        (text_folder / name).mkdir()
+        (text_folder / name / ("cfg.json" if name == "done" else "notes.txt")).write_text("{}")
+        run = [sys.executable, *command(text_folder, gpt2_folder, "--out", str(text_folder / name))]
+        done = subprocess.run(run, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True)
+        assert done.returncode and told in done.stderr and "Traceback" not in done.stderr and "training" not in done.stderr
