@@ -4,7 +4,7 @@ PYTHON ?= python3
 NB ?=
 PY := .venv/bin/python
 
-.PHONY: figures redraw record readme test kill testbed saes clean
+.PHONY: figures redraw record readme test kill testbed saes bench clean
 
 figures: .venv/ready        ## every notebook; writes figures/$(PROFILE)/
 	$(PY) notebooks/run.py --profile $(PROFILE)
@@ -35,6 +35,14 @@ testbed: .venv/ready        ## train the embedded language model from nothing
 saes: .venv/ready           ## the committed pair, from the record's cache
 	$(PY) testbed/export_saes.py
 
+bench: .venv/ready .venv-peers/ready  ## speed against the peers, side by side
+	$(PY) benchmarks/bench.py
+
+.venv-peers/ready: benchmarks/requirements-peers.txt
+	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
+	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	touch $@
+
 .venv/ready: requirements.txt
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=python3.12'"
 	test -x $(PY) || $(PYTHON) -m venv .venv
@@ -42,4 +50,4 @@ saes: .venv/ready           ## the committed pair, from the record's cache
 	touch $@
 
 clean:
-	rm -rf .venv .cache figures/mini figures/smoke
+	rm -rf .venv .venv-peers .cache figures/mini figures/smoke

@@ -1,0 +1,192 @@
+"""One measurement in a process of its own, in our environment or in the peers': prints one line of JSON.
+
+    python benchmarks/worker.py train_step ours data.safetensors --d-sae 12288 --k 32 --lr 4e-3 --steps 12
+
+Every system trains a TopK SAE on the same batches in the same order, with the optimiser its library trains with, and is
+measured on the same held-out activations by the same formula.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import resource
+import sys
+import time
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+Step = Callable[[Tensor], None]
+Reconstruct = Callable[[Tensor], Tensor]
+
+
+def cosine(step: int, steps: int) -> float:
+    """Every system's learning rate falls to zero over its run, as ours does."""
+    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
+
+
+def autocast(on: bool, device: str) -> contextlib.AbstractContextManager:
+    return torch.autocast(device, torch.bfloat16) if on else contextlib.nullcontext()
+
+
+def ours(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct]:
+    """tsae_utils.train itself, without a table, on a stream of ready batches."""
+    import tsae_utils as tu
+
+    tu.keep_freed_memory()
+    sae = tu.TSAE(tu.TSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k)).to(x.device)
+    tokens, times = torch.zeros(a.batch, 1, dtype=torch.long, device=x.device), [time.perf_counter()]
+
+    class Ready:
+        batch_size = a.batch
+
+        def __iter__(self):
+            yield from ((batch, tokens) for batch in x.split(a.batch))
+
+    def stamp(_: int) -> None:
+        synchronise(x)
+        times.append(time.perf_counter())
+
+    tu.train({"sae": sae}, Ready(), tu.TrainConfig(tokens=a.steps * a.batch, lr=a.lr), progress=False, after_step=stamp)
+    no_tokens = torch.zeros(1, 1, dtype=torch.long, device=x.device)
+    return [b - t for t, b in pairwise(times)], lambda y: sae(y, no_tokens.expand(len(y), 1)).x_hat
+
+
+def dense(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct]:
+    """The plain way in PyTorch: dense activations, fused Adam."""
+    torch.manual_seed(0)
+    W_dec = F.normalize(torch.randn(a.d_sae, x.shape[1], device=x.device), dim=-1)
+    p = [W_dec.clone().requires_grad_(), torch.zeros(a.d_sae, device=x.device, requires_grad=True), W_dec.requires_grad_(),
+         x[: a.batch].mean(0).clone().requires_grad_()]
+    opt = torch.optim.Adam(p, lr=a.lr, fused=True)
+
+    def forward(y: Tensor) -> Tensor:
+        W_enc, b_enc, W_dec, b_dec = p
+        values, index = F.linear(y - b_dec, W_enc, b_enc).topk(a.k, dim=-1)
+        acts = torch.zeros(len(y), a.d_sae, device=y.device, dtype=values.dtype).scatter(-1, index, values.relu())
+        return acts @ W_dec + b_dec
+
+    def step(y: Tensor) -> None:
+        with autocast(a.autocast, x.device.type):
+            loss = (y - forward(y)).square().sum(-1).mean()
+        opt.zero_grad()
+        loss.backward()
+        opt.step()
+
+    return timed(step, x, a, [opt]), forward
+
+
+def sparsify(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct]:
+    """eai-sparsify's SparseCoder with the steps of its trainer (Adam; unit decoder norms), b_dec at the first batch's mean."""
+    from sparsify import SparseCoder, SparseCoderConfig
+
+    torch.manual_seed(0)
+    sae = SparseCoder(x.shape[1], SparseCoderConfig(num_latents=a.d_sae, k=a.k), device=x.device)
+    sae.b_dec.data = x[: a.batch].mean(0)
+    opt = torch.optim.Adam(sae.parameters(), lr=a.lr, fused=True)
+
+    def step(y: Tensor) -> None:
+        sae.set_decoder_norm_to_unit_norm()
+        with autocast(a.autocast, x.device.type):
+            loss = sae(y).fvu
+        opt.zero_grad()
+        loss.backward()
+        sae.remove_gradient_parallel_to_decoder_directions()
+        opt.step()
+
+    return timed(step, x, a, [opt]), lambda y: sae(y).sae_out
+
+
+def saelens(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct]:
+    """SAELens's SAETrainer.step on a TopKTrainingSAE."""
+    from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
+    from sae_lens.config import SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    torch.manual_seed(0)
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k, device=str(x.device), dtype="float32"))
+    sae.b_dec.data = x[: a.batch].mean(0)
+    cfg = SAETrainerConfig(
+        n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=a.steps * a.batch, device=str(x.device),
+        autocast=a.autocast, lr=a.lr, lr_end=a.lr / 10, lr_scheduler_name="constant", lr_warm_up_steps=0, adam_beta1=0.9, adam_beta2=0.999,
+        lr_decay_steps=0, n_restart_cycles=1, train_batch_size_samples=a.batch, dead_feature_window=1000, feature_sampling_window=2000,
+        logger=LoggingConfig(log_to_wandb=False))
+    trainer = SAETrainer(cfg=cfg, sae=sae, data_provider=iter(()))
+
+    def step(y: Tensor) -> None:
+        trainer.step(y)
+        trainer.n_training_steps += 1
+
+    return timed(step, x, a, [trainer.optimizer]), lambda y: sae(y)
+
+
+def product(x: Tensor, a: argparse.Namespace) -> tuple[list[float], None]:
+    """The encoder's matrix product alone in bf16: what no dense-encoder SAE can beat."""
+    W, out = torch.randn(a.d_sae, x.shape[1], device=x.device).bfloat16().T, None
+    y = x[: a.batch].bfloat16()
+    out = torch.empty(a.batch, a.d_sae, dtype=torch.bfloat16, device=x.device)
+    return timed(lambda _: torch.mm(y, W, out=out), x, a, []), None
+
+
+def synchronise(x: Tensor) -> None:
+    if x.is_cuda:
+        torch.cuda.synchronize()
+
+
+def timed(step: Step, x: Tensor, a: argparse.Namespace, opts: list[torch.optim.Optimizer]) -> list[float]:
+    """Seconds of every step."""
+    times = []
+    for i in range(a.steps):
+        for group in (g for o in opts for g in o.param_groups):
+            group["lr"] = a.lr * cosine(i, a.steps)
+        synchronise(x)
+        started = time.perf_counter()
+        step(x[i * a.batch : (i + 1) * a.batch])
+        synchronise(x)
+        times.append(time.perf_counter() - started)
+    return times
+
+
+SYSTEMS = {"ours": ours, "dense": dense, "sparsify": sparsify, "saelens": saelens, "encoder-product": product}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", choices=["train_step"])
+    parser.add_argument("system", choices=list(SYSTEMS))
+    parser.add_argument("data", type=Path)
+    for name, default in (("d-sae", 12288), ("k", 32), ("batch", 4096), ("steps", 12), ("threads", 0)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--lr", type=float, default=4e-3)
+    parser.add_argument("--autocast", action="store_true")
+    a = parser.parse_args()
+    if a.threads:
+        torch.set_num_threads(a.threads)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    data = load_file(a.data)
+    x, heldout = data["train"][: a.steps * a.batch].float().to(device), data["heldout"].float().to(device)
+    if len(x) < a.steps * a.batch:
+        raise ValueError(f"{a.data} holds {len(x)} activations: {a.steps} steps of {a.batch} need more")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    times, reconstruct = SYSTEMS[a.system](x, a)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if x.is_cuda else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
+    nmse = None
+    if reconstruct is not None:
+        with torch.no_grad():
+            errors = [((y - reconstruct(y)).square().sum(-1) / y.square().sum(-1)).mean().item() for y in heldout.split(1024)]
+        nmse = sum(errors) / len(errors)
+    late = sorted(times[len(times) // 4 :])  # the first quarter warms up
+    print(json.dumps({"step_ms": 1000 * late[len(late) // 2], "peak_gib": peak, "nmse": nmse, "torch": torch.__version__}))
+
+
+if __name__ == "__main__":
+    main()
