@@ -37,6 +37,7 @@ SYSTEMS = {  # name: (worker, autocast, environment)
     "dense pytorch, autocast": ("dense", True, sys.executable),
     "encoder product alone, bf16": ("encoder-product", False, sys.executable),
 }
+HARVEST = {"ours": sys.executable, "raw": sys.executable, "transformerlens": str(PEERS)}
 
 
 def planted(path: Path, d_in: int, tokens: int, features: int = 8192, active: int = 24, seed: int = 0) -> Path:
@@ -66,14 +67,30 @@ def hardware() -> str:
     return f"{platform.machine()}-{torch.get_num_threads()}-cores"
 
 
-def measure(system: str, data: Path, d_sae: int, k: int, batch: int, steps: int, lr: float) -> dict:
-    worker, half, python = SYSTEMS[system]
-    command = [python, str(ROOT / "benchmarks" / "worker.py"), "train_step", worker, str(data), "--d-sae", str(d_sae), "--k", str(k),
-               "--batch", str(batch), "--steps", str(steps), "--lr", str(lr), *(["--autocast"] if half else [])]
-    done = subprocess.run(command, capture_output=True, text=True)
+def worker(python: str, *arguments: object) -> dict:
+    """One line of JSON from benchmarks/worker.py in an environment. Raises RuntimeError with its error."""
+    done = subprocess.run([python, str(ROOT / "benchmarks" / "worker.py"), *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{system} failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{' '.join(map(str, arguments))} failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
+
+
+def measure(system: str, data: Path, d_sae: int, k: int, batch: int, steps: int, lr: float) -> dict:
+    name, half, python = SYSTEMS[system]
+    return worker(python, "train_step", name, data, "--d-sae", d_sae, "--k", k, "--batch", batch, "--steps", steps, "--lr", lr,
+                  *(["--autocast"] if half else []))
+
+
+def harvest(rounds: int, steps: int) -> pd.DataFrame:
+    """Activations entering block 8 of GPT-2 small's shape, 16 rows of 256 a step."""
+    runs = []
+    for _ in tqdm(range(rounds), desc="harvest, rounds"):
+        runs += [{"system": s, **worker(python, "harvest", s, "--steps", steps)} for s, python in HARVEST.items()]
+    parts = {s: part for s, part in pd.DataFrame(runs).groupby("system", sort=False)}
+    table = pd.DataFrame([{"work": "harvest", "system": s, "d_in": 768, "batch": 4096, "tokens_per_s": 4096e3 / part.step_ms.median(),
+                           "step_ms": part.step_ms.median(), "peak_gib": part.peak_gib.median(), "rounds": rounds,
+                           "step_ms_min": part.step_ms.min(), "step_ms_max": part.step_ms.max()} for s, part in parts.items()])
+    return table.assign(ratio_to_ours=table.tokens_per_s / table.tokens_per_s[table.system == "ours"].item())
 
 
 def train_step(d_in: int, d_sae: int, k: int, batch: int, search_steps: int, rounds: int) -> pd.DataFrame:
@@ -114,12 +131,13 @@ def main() -> None:
     shapes = args.shape or [(768, 12288, 32), (768, 24576, 32)]
     if args.quick:
         shapes, args.batch, args.search_steps, args.rounds = [(64, 512, 8)], 256, 16, 2
-    table = pd.concat([train_step(*shape[:2], shape[2], args.batch, args.search_steps, args.rounds) for shape in shapes])
+    parts = [harvest(args.rounds, 3 if args.quick else 8)]
+    table = pd.concat(parts + [train_step(*shape[:2], shape[2], args.batch, args.search_steps, args.rounds) for shape in shapes])
     columns = "work system d_in d_sae k batch tokens_per_s step_ms peak_gib nmse ratio_to_ours lr rounds step_ms_min step_ms_max".split()
     path = ROOT / "benchmarks" / "results" / f"{date.today()}-{hardware()}{'-quick' * args.quick}.csv"
     path.parent.mkdir(parents=True, exist_ok=True)
     table[columns].to_csv(path, index=False, float_format="%.5g")
-    print(table[columns[:11]].round(3).to_string(index=False))
+    print(table[columns[:11]].round(3).to_string(index=False, na_rep=""))
     print(f"written to {path.relative_to(ROOT)}")
 
 

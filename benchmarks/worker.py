@@ -1,9 +1,11 @@
 """One measurement in a process of its own, in our environment or in the peers': prints one line of JSON.
 
     python benchmarks/worker.py train_step ours data.safetensors --d-sae 12288 --k 32 --lr 4e-3 --steps 12
+    python benchmarks/worker.py harvest ours --steps 6
 
-Every system trains a TopK SAE on the same batches in the same order, with the optimiser its library trains with, and is
-measured on the same held-out activations by the same formula.
+train_step: every system trains a TopK SAE on the same batches in the same order, with the optimiser its library trains with,
+and is measured on the same held-out activations by the same formula. harvest: the residual stream entering block 8 of a model of
+GPT-2 small's shape with random weights, for rows of random tokens; no batch is the same as another.
 """
 
 from __future__ import annotations
@@ -157,13 +159,78 @@ def timed(step: Step, x: Tensor, a: argparse.Namespace, opts: list[torch.optim.O
 
 
 SYSTEMS = {"ours": ours, "dense": dense, "sparsify": sparsify, "saelens": saelens, "encoder-product": product}
+LAYER, CONTEXT, ROWS = 8, 256, 16
+
+
+def gpt2_shape() -> torch.nn.Module:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config()).eval().requires_grad_(False)
+
+
+def harvest_ours(device: str) -> Reconstruct:
+    """LanguageModel.activations: the whole model, ended by a hook."""
+    from transformers import AutoTokenizer
+
+    import tsae_utils as tu
+
+    tu.keep_freed_memory()
+    tokenizer = AutoTokenizer.from_pretrained(Path(__file__).resolve().parent.parent / "testbed" / "model")
+    lm = tu.LanguageModel(gpt2_shape().to(device), tokenizer, "gpt2-shape")
+    return lambda ids: lm.activations(ids, [LAYER])[LAYER]
+
+
+def harvest_raw(device: str) -> Reconstruct:
+    """The bound: the same model cut to its first blocks, bf16, nothing hooked."""
+    model = gpt2_shape().to(device).transformer
+    model.h, model.ln_f = model.h[:LAYER], torch.nn.Identity()
+    half = torch.device(device).type
+
+    def forward(ids: Tensor) -> Tensor:
+        with torch.autocast(half, torch.bfloat16):
+            return model(input_ids=ids, use_cache=False).last_hidden_state
+
+    return forward
+
+
+def harvest_transformerlens(device: str) -> Reconstruct:
+    """TransformerLens's cached forward, ended one past the hook; fp32, as it is used."""
+    from transformer_lens import HookedTransformer, HookedTransformerConfig
+
+    cfg = HookedTransformerConfig(n_layers=12, d_model=768, n_ctx=1024, d_head=64, n_heads=12, d_mlp=3072, d_vocab=50257, act_fn="gelu_new",
+                                  normalization_type="LN", device=device, seed=0)
+    model, name = HookedTransformer(cfg), f"blocks.{LAYER}.hook_resid_pre"
+    return lambda ids: model.run_with_cache(ids, names_filter=name, stop_at_layer=LAYER + 1, return_cache_object=False)[1][name]
+
+
+HARVEST = {"ours": harvest_ours, "raw": harvest_raw, "transformerlens": harvest_transformerlens}
+
+
+def harvest(a: argparse.Namespace, device: str) -> list[float]:
+    forward, times = HARVEST[a.system](device), []
+    for i in range(a.steps):
+        ids = torch.randint(50257, (ROWS, CONTEXT), generator=torch.Generator().manual_seed(i)).to(device)
+        started = time.perf_counter()
+        with torch.no_grad():
+            found = forward(ids)
+        synchronise(found)
+        times.append(time.perf_counter() - started)
+    if found.shape != (ROWS, CONTEXT, 768) or not torch.isfinite(found).all():
+        raise RuntimeError(f"{a.system} gave {list(found.shape)}")
+    return times
+
+
+def resident() -> float:
+    """Greatest resident memory of this process so far, in GiB."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["train_step"])
-    parser.add_argument("system", choices=list(SYSTEMS))
-    parser.add_argument("data", type=Path)
+    parser.add_argument("work", choices=["train_step", "harvest"])
+    parser.add_argument("system", choices=sorted({*SYSTEMS, *HARVEST}))
+    parser.add_argument("data", type=Path, nargs="?", help="safetensors with train and heldout (train_step)")
     for name, default in (("d-sae", 12288), ("k", 32), ("batch", 4096), ("steps", 12), ("threads", 0)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=4e-3)
@@ -172,14 +239,17 @@ def main() -> None:
     if a.threads:
         torch.set_num_threads(a.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    data = load_file(a.data)
-    x, heldout = data["train"][: a.steps * a.batch].float().to(device), data["heldout"].float().to(device)
-    if len(x) < a.steps * a.batch:
-        raise ValueError(f"{a.data} holds {len(x)} activations: {a.steps} steps of {a.batch} need more")
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    times, reconstruct = SYSTEMS[a.system](x, a)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if x.is_cuda else (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20
-    nmse = None
+    start, nmse, reconstruct = resident(), None, None
+    if a.work == "harvest":
+        times = harvest(a, device)
+    else:
+        data = load_file(a.data)
+        x, heldout = data["train"][: a.steps * a.batch].float().to(device), data["heldout"].float().to(device)
+        if len(x) < a.steps * a.batch:
+            raise ValueError(f"{a.data} holds {len(x)} activations: {a.steps} steps of {a.batch} need more")
+        start = resident()
+        times, reconstruct = SYSTEMS[a.system](x, a)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resident() - start
     if reconstruct is not None:
         with torch.no_grad():
             errors = [((y - reconstruct(y)).square().sum(-1) / y.square().sum(-1)).mean().item() for y in heldout.split(1024)]
