@@ -43,9 +43,10 @@ def gallery() -> str:
     """Every recorded figure with its notebook's title, two in a row."""
     cells = []
     for path in NOTEBOOKS:
-        if (RECORD / f"{path.stem[3:]}.png").exists():
-            title = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].lstrip("# ")
-            cells.append(f"[![{path.stem}](figures/record/{path.stem[3:]}.png)](notebooks/{path.name}) {title}")
+        title = nbformat.read(path, as_version=4).cells[0].source.splitlines()[0].lstrip("# ")
+        for picture in sorted(RECORD.glob(f"{path.stem[3:]}*.png")):  # its own, then what it draws beside
+            beside = picture.stem.removeprefix(path.stem[3:]).replace("_", " ")
+            cells.append(f"[![{picture.stem}](figures/record/{picture.name})](notebooks/{path.name}) {title}{beside and f':{beside}'}")
     cells += [""] * (len(cells) % 2)
     return "\n".join(["| | |", "|---|---|", *(f"| {a} | {b} |" for a, b in zip(cells[::2], cells[1::2], strict=True))])
 
