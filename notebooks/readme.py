@@ -17,7 +17,7 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
 
 
 def headline() -> str:
-    """Figure 6 in three sentences."""
+    """Figure 6 in four sentences."""
     df = pd.read_csv(RECORD / "fig6_pareto.csv")
     df = df[~df.system.str.contains("relu|gated|batchtopk")].astype({"k": int})  # those have a budget of their own
     mean = df[df.k > 0].pivot_table(index="k", columns="system", values="ce_added")
@@ -25,11 +25,16 @@ def headline() -> str:
     controls = [c for c in mean if c not in ("topk", "topk+lookup")]
     below = all((mean["topk+lookup"] < mean[c]).all() for c in controls)
     ours, theirs = mean["topk+lookup"][8], mean["topk"][8]
+    claims = pd.read_csv(RECORD / "fig6_pareto_claims.csv").set_index("id").ours
+    others = ("ReLU", "Gated", "BatchTopK")
+    needs = claims.str.extract(r"L0 x ([\d.]+)")[0]
     return "\n".join([
         f"**Headline** (testbed, layer {df.layer[0]}, {df.seed.nunique()} seeds): at k = 8 a TSAE adds",
         f"{ours:.3f} of the clean cross-entropy where a TopK SAE of the same sparsity adds {theirs:.3f}. The ratio is",
         ", ".join(f"{r:.2f} (k = {k})" for k, r in ratio.items()) + ".",
-        f"The TSAE is {'below' if below else 'not below'} every control at every k ({', '.join(controls)})."])
+        f"The TSAE is {'below' if below else 'not below'} every control at every k ({', '.join(controls)}).",
+        "For the same cross-entropy a TSAE needs " + ", ".join(f"{needs['fig6-' + a.lower()]} ({a})" for a in others),
+        "of the active features of an SAE of that architecture."])
 
 
 def status() -> str:
