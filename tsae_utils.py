@@ -481,6 +481,11 @@ def unigram_activations(lm: LanguageModel, hook_name: str, batch: int = 2048, pr
 CPU_CHUNK = 2**22  # pre-activations computed at once: they should fit the cache
 
 
+def _rows_at_once(x_BD: Tensor, d_sae: int) -> int:
+    """Tokens whose pre-activations are computed together: B x F at once is all page faults on a CPU."""
+    return len(x_BD) if x_BD.is_cuda else max(1, CPU_CHUNK // d_sae)
+
+
 def _top_of_tokens(pre: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs (value, feature, row) of the k largest pre-activations of every token; `pre` comes in parts."""
     values, index = (torch.cat(t) for t in zip(*(part.topk(k, dim=-1, sorted=False) for part in pre), strict=True))
@@ -511,8 +516,7 @@ class _Sparse(torch.autograd.Function):
         x_c = x - b_dec
         dtype = torch.bfloat16 if bf16 else x.dtype
         xs, W, b = x_c.to(dtype), W_enc.to(dtype).T, b_enc.to(dtype)
-        rows = len(x) if x.is_cuda else max(1, CPU_CHUNK // len(W_enc))  # B x F at once is all page faults on a CPU
-        pre = (torch.addmm(b, part, W) for part in xs.split(rows))
+        pre = (torch.addmm(b, part, W) for part in xs.split(_rows_at_once(x, len(W_enc))))
         values, feature, row = _top_of_batch(torch.cat(list(pre)), k) if of_batch else _top_of_tokens(pre, k)
         values = values.to(x.dtype).relu_()  # SAELens: top k, then ReLU; the authors' code keeps negative ones
         bags = torch.searchsorted(row, torch.arange(len(x), device=x.device))
@@ -591,9 +595,14 @@ class TSAE(nn.Module):
         """[d_in, d_sae], a view."""
         return self.W_enc_FD.T
 
+    @property
+    def encoder_bias(self) -> Tensor:
+        """[d_sae]: b_enc, for gated b_gate."""
+        return self.b_gate if self.cfg.activation == "gated" else self.b_enc
+
     def pre_activations(self, x_BD: Tensor) -> Tensor:
         """W_enc (x - b_dec) + b_enc for every feature [B, F]; b_gate in the place of b_enc for gated."""
-        return F.linear(x_BD - self.b_dec, self.W_enc_FD, self.b_gate if self.cfg.activation == "gated" else self.b_enc)
+        return F.linear(x_BD - self.b_dec, self.W_enc_FD, self.encoder_bias)
 
     def activate(self, pre_BF: Tensor) -> Tensor:
         """Feature activations [B, F] of pre-activations, as outside training."""
@@ -642,12 +651,11 @@ class TSAE(nn.Module):
         return TSAEOutput(x_hat + row_BD, l0, fired, zero, zero)
 
     def _dense(self, x_BD: Tensor, row_BD: Tensor | float) -> TSAEOutput:
-        rows = len(x_BD) if x_BD.is_cuda else max(1, CPU_CHUNK // self.cfg.d_sae)
-        bias = self.b_gate if self.cfg.activation == "gated" else self.b_enc
-        bias = bias + self.W_enc_FD @ (self.b_dec.detach() - self.b_dec)  # zero: gives b_dec its gradient without one for x
+        bias = self.encoder_bias + self.W_enc_FD @ (self.b_dec.detach() - self.b_dec)  # zero: gives b_dec its gradient without one for x
         W_dec = torch.cat([self.W_dec, self.W_dec.norm(dim=-1, keepdim=True)], dim=-1)  # the last column sums a_f ||W_dec[f]||
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.bf16 and self.training):
-            parts = [self._dense_part(part, bias, W_dec) for part in (x_BD - self.b_dec.detach()).split(rows)]
+            some = (x_BD - self.b_dec.detach()).split(_rows_at_once(x_BD, self.cfg.d_sae))
+            parts = [self._dense_part(part, bias, W_dec) for part in some]
         decoded, of_gate, l0, fired = (torch.cat(part) for part in zip(*parts, strict=True))
         x_hat, sparsity, auxiliary = decoded[:, :-1] + self.b_dec + row_BD, *x_BD.new_zeros(2)
         if self.training and self.cfg.activation in ("relu", "gated"):
@@ -853,13 +861,13 @@ def _everything(saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam]) 
 
 
 def _identity(saes: Mapping[str, TSAE], cfgs: Mapping[str, TrainConfig], stream: ActivationStream) -> dict:
-    """What two runs must share for one to go on from the other's checkpoint, as JSON would give it back."""
+    """What two runs must share for one to go on from the other's checkpoint."""
     tables = {name: None if sae.lookup is None else "learned" if sae.lookup.W.requires_grad else "frozen" for name, sae in saes.items()}
     own = {k: getattr(stream, k) for k in ("batch_size", "seed", "rows_per_buffer", "harvest_rows", "order", "include_bos", "hook_name")}
-    return json.loads(json.dumps({
+    return {
         **{f"sae {name}": {**asdict(sae.cfg), "table": tables[name], "dtype": str(sae.W_dec.dtype)} for name, sae in saes.items()},
         **{f"training of {name}": asdict(c) for name, c in cfgs.items()},
-        "stream": {**own, "model": stream.lm.fingerprint, "bf16": stream.lm.bf16, "processes": _world()}}))
+        "stream": {**own, "model": stream.lm.fingerprint, "bf16": stream.lm.bf16, "processes": _world()}}
 
 
 def save_checkpoint(path: str | Path, saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam], run: Mapping,
@@ -908,12 +916,12 @@ def load_checkpoint(path: str | Path, saes: Mapping[str, TSAE], opts: Mapping[st
     except (SafetensorError, ValueError, KeyError, OSError) as error:
         raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to start again") from error
     rank = torch.distributed.get_rank() if _world() > 1 else 0
-    if state["run"] == run and state["places"][rank][2] != stream.digest:
-        raise ValueError(f"the checkpoint {path} is of another run (other rows of text): delete it or give another file")
     for part in {**run, **state["run"]}:
         was, now = state["run"].get(part) or {}, run.get(part) or {}
         if what := [f"{k} {was.get(k)} there, {now.get(k)} here" for k in {**was, **now} if was.get(k) != now.get(k)]:
             raise ValueError(f"the checkpoint {path} is of another run ({part}: {'; '.join(what)}): delete it or give another file")
+    if state["places"][rank][2] != stream.digest:
+        raise ValueError(f"the checkpoint {path} is of another run (other rows of text): delete it or give another file")
     for name, sae in saes.items():
         for n, t in (*sae.named_parameters(), *sae.named_buffers()):
             t.copy_(found[f"{name}/{n}"])

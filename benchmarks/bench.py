@@ -81,15 +81,24 @@ def measure(system: str, data: Path, d_sae: int, k: int, batch: int, steps: int,
                   *(["--autocast"] if half else []))
 
 
+def timings(part: pd.DataFrame, tokens: int) -> dict:
+    """Columns that every kind of work has, from its rounds."""
+    ms = part.step_ms
+    return {"tokens_per_s": 1000 * tokens / ms.median(), "step_ms": ms.median(), "peak_gib": part.peak_gib.median(), "rounds": len(part),
+            "step_ms_min": ms.min(), "step_ms_max": ms.max()}
+
+
 def harvest(rounds: int, steps: int) -> pd.DataFrame:
     """Activations entering block 8 of GPT-2 small's shape, 16 rows of 256 a step."""
     runs = []
     for _ in tqdm(range(rounds), desc="harvest, rounds"):
         runs += [{"system": s, **worker(python, "harvest", s, "--steps", steps)} for s, python in HARVEST.items()]
-    parts = {s: part for s, part in pd.DataFrame(runs).groupby("system", sort=False)}
-    table = pd.DataFrame([{"work": "harvest", "system": s, "d_in": 768, "batch": 4096, "tokens_per_s": 4096e3 / part.step_ms.median(),
-                           "step_ms": part.step_ms.median(), "peak_gib": part.peak_gib.median(), "rounds": rounds,
-                           "step_ms_min": part.step_ms.min(), "step_ms_max": part.step_ms.max()} for s, part in parts.items()])
+    by_system = pd.DataFrame(runs).groupby("system", sort=False)
+    return against_ours([{"work": "harvest", "system": s, "d_in": 768, "batch": 4096, **timings(part, 4096)} for s, part in by_system])
+
+
+def against_ours(rows: list[dict]) -> pd.DataFrame:
+    table = pd.DataFrame(rows)
     return table.assign(ratio_to_ours=table.tokens_per_s / table.tokens_per_s[table.system == "ours"].item())
 
 
@@ -108,13 +117,9 @@ def train_step(d_in: int, d_sae: int, k: int, batch: int, search_steps: int, rou
         runs += [{"system": s, **measure(s, data, d_sae, k, batch, short, best[s][0])} for s in SYSTEMS]
     rows = []
     for system, part in pd.DataFrame(runs).groupby("system", sort=False):
-        ms = part.step_ms
-        rows.append({"work": "train_step", "system": system, "d_in": d_in, "d_sae": d_sae, "k": k, "batch": batch,
-                     "tokens_per_s": 1000 * batch / ms.median(), "step_ms": ms.median(), "peak_gib": part.peak_gib.median(),
-                     "nmse": best[system][1], "lr": best[system][0], "rounds": rounds, "step_ms_min": ms.min(), "step_ms_max": ms.max()})
-    table = pd.DataFrame(rows)
-    table["ratio_to_ours"] = table.tokens_per_s / table.tokens_per_s[table.system == "ours"].item()
-    return table
+        rows.append({"work": "train_step", "system": system, "d_in": d_in, "d_sae": d_sae, "k": k, "batch": batch, **timings(part, batch),
+                     "nmse": best[system][1], "lr": best[system][0]})
+    return against_ours(rows)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import resource
 import sys
 import time
@@ -27,13 +28,15 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import tsae_utils as tu
+
 Step = Callable[[Tensor], None]
 Reconstruct = Callable[[Tensor], Tensor]
 
 
 def cosine(step: int, steps: int) -> float:
     """Every system's learning rate falls to zero over its run, as ours does."""
-    return 0.5 * (1 + torch.cos(torch.tensor(torch.pi * step / steps)).item())
+    return 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 def autocast(on: bool, device: str) -> contextlib.AbstractContextManager:
@@ -42,8 +45,6 @@ def autocast(on: bool, device: str) -> contextlib.AbstractContextManager:
 
 def ours(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct]:
     """tsae_utils.train itself, without a table, on a stream of ready batches."""
-    import tsae_utils as tu
-
     tu.keep_freed_memory()
     sae = tu.TSAE(tu.TSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k)).to(x.device)
     tokens, times = torch.zeros(a.batch, 1, dtype=torch.long, device=x.device), [time.perf_counter()]
@@ -173,8 +174,6 @@ def harvest_ours(device: str) -> Reconstruct:
     """LanguageModel.activations: the whole model, ended by a hook."""
     from transformers import AutoTokenizer
 
-    import tsae_utils as tu
-
     tu.keep_freed_memory()
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).resolve().parent.parent / "testbed" / "model")
     lm = tu.LanguageModel(gpt2_shape().to(device), tokenizer, "gpt2-shape")
@@ -252,8 +251,7 @@ def main() -> None:
     peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resident() - start
     if reconstruct is not None:
         with torch.no_grad():
-            errors = [((y - reconstruct(y)).square().sum(-1) / y.square().sum(-1)).mean().item() for y in heldout.split(1024)]
-        nmse = sum(errors) / len(errors)
+            nmse = tu.reconstruction_error(heldout, torch.cat([reconstruct(y) for y in heldout.split(1024)])).nmse
     late = sorted(times[len(times) // 4 :])  # the first quarter warms up
     print(json.dumps({"step_ms": 1000 * late[len(late) // 2], "peak_gib": peak, "nmse": nmse, "torch": torch.__version__}))
 

@@ -57,7 +57,7 @@ def fewer_colours(png: str) -> str:
 
 
 def strip(notebook: nbformat.NotebookNode) -> None:
-    """Take out what belongs to the machine that ran it: its root and home folder, timings, widgets."""
+    """Take out what belongs to the machine that ran it, its root and home folder, timings, widgets, and make pictures small."""
     notebook.metadata.pop("widgets", None)
     places = {str(HERE.parent): "<repository>", str(Path.home()): "~", sys.prefix: "<environment>"}
     places = {place: name for place, name in places.items() if len(place) > 1}  # home may be "/"

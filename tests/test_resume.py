@@ -317,11 +317,16 @@ train.main()
 
 def test_two_processes_go_on_from_two_places(text_folder, gpt2_folder):
     """Stopped at step 30, gone on with: byte for byte the run of two processes without a break."""
-    run = command(text_folder, gpt2_folder, "--checkpoint-every", "700")
+    documents = (text_folder / "text.jsonl").read_text().splitlines()
+    short = [json.dumps({"text": json.loads(d)["text"][:30]}) for d in documents]  # the second's: more ends, fewer activations a row
+    (text_folder / "text.jsonl").write_text("".join(f"{a}\n{b}\n" for a, b in zip(documents, short, strict=True)))
+    run = command(text_folder, gpt2_folder, "--checkpoint-every", "700", "--heldout-rows", "2")
     torchrun(*run, "--out", str(text_folder / "whole"))
     (text_folder / "stopped.py").write_text(STOPPED)
     torchrun(str(text_folder / "stopped.py"), *run, "--out", str(text_folder / "stopped"), fails=True)
-    assert (text_folder / "stopped.checkpoint.safetensors").exists() and not (text_folder / "stopped").exists()
+    assert not (text_folder / "stopped").exists()
+    left = json.loads(bytes(load_file(text_folder / "stopped.checkpoint.safetensors")["state"].tolist()))
+    assert left["places"][0][:2] != left["places"][1][:2], "or the two could be mistaken for each other"
     torchrun(*run, "--out", str(text_folder / "stopped"))
     assert weights(text_folder / "stopped") == weights(text_folder / "whole")
 
