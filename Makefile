@@ -4,7 +4,7 @@ PYTHON ?= python3
 NB ?=
 PY := .venv/bin/python
 
-.PHONY: figures redraw record readme test kill testbed saes bench clean
+.PHONY: figures redraw record readme test kill testbed saes bench saelens clean
 
 figures: .venv/ready        ## every notebook; writes figures/$(PROFILE)/
 	$(PY) notebooks/run.py --profile $(PROFILE)
@@ -37,6 +37,9 @@ saes: .venv/ready           ## the committed pair, from the record's cache
 
 bench: .venv/ready .venv-peers/ready  ## speed against the peers, side by side
 	$(PY) benchmarks/bench.py
+
+saelens: .venv-peers/ready  ## round trips of files with the real sae_lens, in the peers' environment
+	.venv-peers/bin/python -m pytest -q tests/saelens_round_trips.py
 
 .venv-peers/ready: benchmarks/requirements-peers.txt
 	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers

@@ -43,6 +43,7 @@ def arguments() -> argparse.Namespace:
     add("--buffer-tokens", type=int, default=2**17, help="activations shuffled together, in each process")
     add("--lr", type=float, default=4e-3, help="Adam's, for the features; falls to zero over the run")
     add("--lr-lookup", type=float, default=1e-2, help="learning rate of the table")
+    add("--lookup-by-rows", action="store_true", help="update only the rows of a batch's tokens (SparseAdam): for large vocabularies")
     add("--table-scale", type=float, default=0.5, help="rows start at this times the unigram activation; the encoder at 1 minus it")
     add("--aux-k", type=int, default=0, help="dead features that model the error (AuxK); 0: none")
     add("--seed", type=int, default=0, help="of initialisation and order of the text")
@@ -85,7 +86,8 @@ def main() -> None:
                         l1_coefficient=args.l1 if args.activation in ("relu", "gated") else 0.0,
                         encoder_scale=1 - args.table_scale if args.lookup else 1.0, model_name=args.model, hook_name=hook,
                         context_size=args.context_size)
-    how = tu.TrainConfig(tokens=int(args.tokens), lr=args.lr, lr_lookup=args.lr_lookup, aux_k=args.aux_k, start_l0=args.start_l0)
+    how = tu.TrainConfig(tokens=int(args.tokens), lr=args.lr, lr_lookup=args.lr_lookup, aux_k=args.aux_k, start_l0=args.start_l0,
+                         lookup_by_rows=args.lookup_by_rows)
     wanted = args.tokens / world + (args.heldout_rows + 2) * args.context_size
     rows = tu.token_rows(islice(tu.read_documents(args.corpus), rank, None, world), lm, args.context_size, wanted, progress=rank == 0)
     if len(rows) < args.heldout_rows + 2:

@@ -39,6 +39,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
+import runs
+
 # ---------------------------------------------------------------------------------------------
 # 1  Configuration
 # ---------------------------------------------------------------------------------------------
@@ -79,6 +81,7 @@ class TrainConfig:
     tokens: int = 2_000_000  # activations seen; the paper: about 300M (GPT-2), 131M (Pythia)
     lr: float = 3e-3  # Adam, for encoder and decoder; the authors' code: 1e-4
     lr_lookup: float = 1e-2  # Adam, for the table; the authors' code: 1e-2 (TopK only, 1e-4 elsewhere)
+    lookup_by_rows: bool = False  # touch only the rows of the batch's tokens: another optimiser (SparseAdam), cheap for large vocabularies
     lr_end: float = 0.0  # cosine from lr to this share of it; the authors' code: 0.3
     l1_warmup: float = 0.05  # share of the steps over which the L1 coefficient rises (relu, gated); the paper: 5 %
     start_l0: float = 0.0  # relu, gated: biases start where about so many features of a token are active; 0: at zero, the authors' start
@@ -449,6 +452,7 @@ class TokenLookup(nn.Module):
         if W.ndim != 2:
             raise ValueError(f"a lookup table has shape [V, d_in], not {list(W.shape)}")
         self.W = nn.Parameter(W.detach().float().clone(), requires_grad=trainable)
+        self.by_rows = False  # gradients of the rows that were used alone; `train` sets it
 
     def check_vocabulary(self, n_vocab: int) -> None:
         """Raise ValueError where the table has not one row for each of `n_vocab` tokens."""
@@ -461,7 +465,7 @@ class TokenLookup(nn.Module):
         if current.numel() and int(current.max()) >= len(self.W):
             raise ValueError(f"token {int(current.max())} has no row in a lookup table of {len(self.W)} rows: "
                              "the table belongs to another vocabulary")
-        return F.embedding(current, self.W)
+        return F.embedding(current, self.W, sparse=self.by_rows)
 
 
 def unigram_activations(lm: LanguageModel, hook_name: str, batch: int = 2048, progress: bool = False) -> Tensor:
@@ -486,9 +490,27 @@ def _rows_at_once(x_BD: Tensor, d_sae: int) -> int:
     return len(x_BD) if x_BD.is_cuda else max(1, CPU_CHUNK // d_sae)
 
 
+GROUP, GROUPS_FROM = 16, 12288  # pre-activations whose largest is found first, and the width from which that is faster
+
+
+def top_k(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Values and indices [B, k] of the k largest of each row, in no order: exact, with fewer to sort than torch.topk.
+
+    The k largest lie in the k groups with the largest maxima: every element of another group is at most its group's
+    maximum, and k maxima are at least as large. Among equal values any may be chosen.
+    """
+    B, F_ = pre_BF.shape
+    if F_ % GROUP or F_ < GROUPS_FROM or GROUP * k > F_:
+        return pre_BF.topk(k, dim=-1, sorted=False)
+    groups = pre_BF.view(B, GROUP, F_ // GROUP)  # the members of a group stand F / GROUP apart: one vectorised maximum
+    best = groups.amax(1).topk(k, dim=-1, sorted=False).indices
+    values, at = groups.gather(2, best.unsqueeze(1).expand(B, GROUP, k)).flatten(1).topk(k, dim=-1, sorted=False)
+    return values, at // k * (F_ // GROUP) + best.gather(1, at % k)
+
+
 def _top_of_tokens(pre: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Pairs (value, feature, row) of the k largest pre-activations of every token; `pre` comes in parts."""
-    values, index = (torch.cat(t) for t in zip(*(part.topk(k, dim=-1, sorted=False) for part in pre), strict=True))
+    values, index = (torch.cat(t) for t in zip(*(top_k(part, k) for part in pre), strict=True))
     return values.flatten(), index.flatten(), torch.arange(len(index), device=index.device).repeat_interleave(k)
 
 
@@ -589,6 +611,7 @@ class TSAE(nn.Module):
             self.register_buffer("threshold", torch.zeros(cfg.d_sae))
         self.register_buffer("tokens_since_fired", torch.zeros(cfg.d_sae, dtype=torch.int64), persistent=False)
         self.bf16 = False  # bf16 for the big products in training mode; `train` turns it on where it is fast
+        self.threshold_rate = 0.01  # batchtopk: weight of a new batch in the running threshold; `train` sets it at every step
 
     @property
     def W_enc(self) -> Tensor:
@@ -646,7 +669,7 @@ class TSAE(nn.Module):
         fired = torch.zeros(self.cfg.d_sae, device=x_BD.device).index_add_(0, feature, active.float()) > 0
         if of_batch and len(values):  # running mean of the smallest active value, as BatchNorm keeps its statistics
             lowest = values.min()
-            self.threshold.copy_(torch.where(self.threshold > 0, torch.lerp(self.threshold, lowest, 0.01), lowest))
+            self.threshold.copy_(torch.where(self.threshold > 0, torch.lerp(self.threshold, lowest, self.threshold_rate), lowest))
         zero = x_BD.new_zeros(())
         return TSAEOutput(x_hat + row_BD, l0, fired, zero, zero)
 
@@ -688,7 +711,7 @@ class TSAE(nn.Module):
     def count_firing_(self, out: TSAEOutput) -> None:
         """Update tokens_since_fired [F], counted in tokens."""
         fired = out.fired.to(torch.uint8)
-        if (world := _world()) > 1:
+        if (world := runs.processes()) > 1:
             torch.distributed.all_reduce(fired, torch.distributed.ReduceOp.MAX)
         self.tokens_since_fired += world * len(out.x_hat)
         self.tokens_since_fired[fired > 0] = 0
@@ -703,38 +726,21 @@ class TSAE(nn.Module):
 # ---------------------------------------------------------------------------------------------
 
 
-def optimiser_for(sae: TSAE, cfg: TrainConfig) -> torch.optim.Adam:
-    """Adam (0.9, 0.999) in two groups: the SAE at `lr`, the table at `lr_lookup`."""
+def optimisers_for(sae: TSAE, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
+    """Adam (0.9, 0.999) for the SAE at `lr` and for the table at `lr_lookup`.
+
+    With `lookup_by_rows` the table has SparseAdam: a row's moments rest while its token is absent, where Adam's decay
+    and go on moving it.
+    """
     own = [p for name, p in sae.named_parameters() if not name.startswith("lookup.")]
-    groups = [{"params": own, "lr": cfg.lr, "base_lr": cfg.lr}]
+    optimisers = [torch.optim.Adam([{"params": own, "lr": cfg.lr, "base_lr": cfg.lr}], fused=sae.W_dec.device.type != "mps")]
     if sae.lookup is not None and sae.lookup.W.requires_grad:
-        groups.append({"params": [sae.lookup.W], "lr": cfg.lr_lookup, "base_lr": cfg.lr_lookup})
-    return torch.optim.Adam(groups, fused=sae.W_dec.device.type != "mps")
-
-
-def _world() -> int:
-    """Processes that train together (torchrun); 1 without."""
-    return torch.distributed.get_world_size() if torch.distributed.is_available() and torch.distributed.is_initialized() else 1
-
-
-def _average_(*tensors: Tensor) -> None:
-    """Replace tensors by their mean over processes."""
-    if (world := _world()) > 1:
-        for tensor in tensors:
-            torch.distributed.all_reduce(tensor)
-            tensor /= world
-
-
-@torch.no_grad()
-def _same_everywhere_(saes: Mapping[str, TSAE], first: int) -> None:
-    """Give every process the first one's weights. Raises ValueError where they do not start at the same step."""
-    here = torch.tensor([first, -first], device=next(iter(saes.values())).W_dec.device)
-    torch.distributed.all_reduce(here, torch.distributed.ReduceOp.MAX)
-    if here.sum():
-        raise ValueError(f"processes start at steps {-int(here[1])} to {int(here[0])}: all must see the checkpoint, in a folder they share")
-    for sae in saes.values():
-        for tensor in (*sae.parameters(), *sae.buffers()):
-            torch.distributed.broadcast(tensor.data, 0)
+        table = {"params": [sae.lookup.W], "lr": cfg.lr_lookup, "base_lr": cfg.lr_lookup}
+        if cfg.lookup_by_rows:
+            optimisers.append(torch.optim.SparseAdam([table]))
+        else:
+            optimisers[0].add_param_group(table)
+    return optimisers
 
 
 def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig | Mapping[str, TrainConfig], *,
@@ -764,25 +770,27 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
             raise ValueError(f"{name!r}: aux_k is for topk and batchtopk, not {sae.cfg.activation}")
         if sae.lookup is not None and hasattr(stream, "lm"):
             sae.lookup.check_vocabulary(stream.lm.n_vocab)
-    batch = stream.batch_size * _world()
+    batch = stream.batch_size * runs.processes()
     steps = max(1, next(iter(cfgs.values())).tokens // batch)
-    opts = {name: optimiser_for(sae, cfgs[name]) for name, sae in saes.items()}
+    opts = {name: optimisers_for(sae, cfgs[name]) for name, sae in saes.items()}
     first, position, seconds, history, run = 0, (0, 0), dict.fromkeys(saes, 0.0), [], {}
     if checkpoint is not None:
         if not isinstance(stream, ActivationStream):
             raise ValueError("a checkpoint needs a stream that can go on from a place: an ActivationStream")
-        run = _identity(saes, cfgs, stream)
+        run = runs.identity(saes, cfgs, stream)
         if Path(checkpoint).exists():
-            first, position, seconds, history = load_checkpoint(checkpoint, saes, opts, run, stream)
-    if _world() > 1:
-        _same_everywhere_(saes, first)
+            first, position, seconds, history = runs.load_checkpoint(checkpoint, saes, opts, run, stream)
+    if runs.processes() > 1:
+        runs.same_everywhere_(saes, first)
     batches = stream.batches(position) if first else iter(stream)
     each = max(1, checkpoint_every // batch)
     bar = tqdm(total=steps * batch, initial=first * batch, desc=f"training {len(saes)} SAEs" if len(saes) > 1 else "training", unit="tok",
                unit_scale=True, disable=not progress)
-    for sae in saes.values():
+    for name, sae in saes.items():
         sae.train()
         sae.bf16 = sae.W_dec.dtype == torch.float32 and fast_bf16(sae.W_dec.device)
+        if sae.lookup is not None:
+            sae.lookup.by_rows = cfgs[name].lookup_by_rows
     try:
         for step, (x, tokens) in enumerate(islice(batches, steps - first), first):
             log = step % log_every == 0 or step == steps - 1
@@ -790,6 +798,7 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
                 started = time.perf_counter()
                 if step == 0:
                     _start_(sae, cfgs[name], x, tokens)
+                sae.threshold_rate = max(0.01, 10 / (step + 10))  # a tenth of the steps so far: in a short run 0.01 would lag behind
                 row = _step_(sae, opts[name], cfgs[name], x, tokens, step / steps, log)
                 seconds[name] += time.perf_counter() - started
                 if log and not math.isfinite(row["loss"]):
@@ -800,7 +809,7 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
                     bar.set_postfix(loss=f"{row['loss']:.4g}", l0=f"{row['l0']:.1f}", dead=f"{row['dead_fraction']:.0%}", refresh=False)
             bar.update(batch)
             if checkpoint is not None and ((step + 1) % each == 0 or step == steps - 1):
-                save_checkpoint(checkpoint, saes, opts, run, stream, {"step": step + 1, "seconds": seconds, "history": history})
+                runs.save_checkpoint(checkpoint, saes, opts, run, stream, {"step": step + 1, "seconds": seconds, "history": history})
             if after_step is not None:
                 after_step(step)
     finally:  # an interrupted SAE is as usable as a finished one
@@ -815,120 +824,43 @@ def _start_(sae: TSAE, cfg: TrainConfig, x: Tensor, tokens: Tensor) -> None:
     """b_dec starts at the mean of what the table leaves (not stated in the paper; the same rule for every system). With
     `start_l0` every feature's bias is set on the first batch so that it fires on an equal share of it."""
     sae.b_dec.copy_((x if sae.lookup is None else x - sae.lookup(tokens)).mean(0))
-    _average_(sae.b_dec)
+    runs.average_(sae.b_dec)
     if cfg.start_l0 and sae.cfg.activation in ("relu", "gated"):
         n = max(1, round(len(x) * min(1.0, cfg.start_l0 / sae.cfg.d_sae)))
         some = torch.arange(sae.cfg.d_sae, device=x.device).split(2048)
         lowest = torch.cat([F.linear(x - sae.b_dec, sae.W_enc_FD[f]).topk(n, dim=0).values[-1] for f in some])
-        _average_(lowest)
+        runs.average_(lowest)
         for bias in [sae.b_enc] if sae.cfg.activation == "relu" else [sae.b_gate, sae.b_mag]:
             bias.copy_(-lowest)
 
 
-def _step_(sae: TSAE, opt: torch.optim.Adam, cfg: TrainConfig, x: Tensor, tokens: Tensor, done: float, log: bool) -> dict:
+def _step_(sae: TSAE, opts: list[torch.optim.Optimizer], cfg: TrainConfig, x: Tensor, tokens: Tensor, done: float, log: bool) -> dict:
     """One optimiser step; `done` is the share of the steps already taken."""
-    for group in opt.param_groups:
+    for group in (g for opt in opts for g in opt.param_groups):
         group["lr"] = group["base_lr"] * (cfg.lr_end + (1 - cfg.lr_end) * 0.5 * (1 + math.cos(math.pi * done)))
     out = sae(x, tokens)
     warm = min(1.0, done / cfg.l1_warmup if cfg.l1_warmup else 1.0)
     loss = squared_error(x, out.x_hat) + sae.cfg.l1_coefficient * warm * out.sparsity + out.auxiliary
     if cfg.aux_k:
         loss = loss + cfg.aux_coefficient * sae.dead_features_error(x, out.x_hat, cfg.aux_k, cfg.aux_window)
-    opt.zero_grad()
+    for opt in opts:
+        opt.zero_grad()
     loss.backward()
-    _average_(*(p.grad for group in opt.param_groups for p in group["params"] if p.grad is not None))
-    opt.step()
+    for opt in opts:
+        for p in (p for group in opt.param_groups for p in group["params"]):
+            runs.average_gradient_(p)
+        opt.step()
     if sae.cfg.activation == "batchtopk":
-        _average_(sae.threshold)
+        runs.average_(sae.threshold)
     sae.count_firing_(out)
     if not log:
         return {}
     with torch.no_grad():
         nmse = ((x - out.x_hat).square().sum(-1) / x.square().sum(-1)).mean()
         row = torch.stack([loss.detach(), nmse, out.l0.to(nmse.dtype).mean()])
-        _average_(row)
+        runs.average_(row)
     loss_, nmse, l0 = row.tolist()
     return {"loss": loss_, "nmse": nmse, "l0": l0, "dead_fraction": sae.dead_fraction(cfg.dead_window)}
-
-
-def _everything(saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam]) -> dict[str, Tensor]:
-    """Every tensor that training changes, by name: parameters, buffers, Adam's moments and step counts."""
-    found = {}
-    for name, sae in saes.items():
-        found |= {f"{name}/{n}": t.detach() for n, t in (*sae.named_parameters(), *sae.named_buffers())}
-        found |= {f"{name}/{n}/{key}": t for n, p in sae.named_parameters() for key, t in opts[name].state.get(p, {}).items()}
-    return found
-
-
-def _identity(saes: Mapping[str, TSAE], cfgs: Mapping[str, TrainConfig], stream: ActivationStream) -> dict:
-    """What two runs must share for one to go on from the other's checkpoint."""
-    tables = {name: None if sae.lookup is None else "learned" if sae.lookup.W.requires_grad else "frozen" for name, sae in saes.items()}
-    own = {k: getattr(stream, k) for k in ("batch_size", "seed", "rows_per_buffer", "harvest_rows", "order", "include_bos", "hook_name")}
-    return {
-        **{f"sae {name}": {**asdict(sae.cfg), "table": tables[name], "dtype": str(sae.W_dec.dtype)} for name, sae in saes.items()},
-        **{f"training of {name}": asdict(c) for name, c in cfgs.items()},
-        "stream": {**own, "model": stream.lm.fingerprint, "bf16": stream.lm.bf16, "processes": _world()}}
-
-
-def save_checkpoint(path: str | Path, saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam], run: Mapping,
-                    stream: ActivationStream, progress: Mapping) -> None:
-    """Write a checkpoint of `train`, one safetensors file; the old one stays until the new one is whole. Raises OSError
-    where it cannot be written, FloatingPointError where a weight is not finite."""
-    places = [torch.tensor([*stream.position, stream.digest], device=stream.lm.device)]
-    if (world := _world()) > 1:
-        here, places = places[0], [torch.zeros_like(places[0]) for _ in range(world)]
-        torch.distributed.all_gather(places, here)
-        if torch.distributed.get_rank():  # the first writes for all
-            return
-    tensors, seen = {}, set()
-    for name, tensor in _everything(saes, opts).items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-            raise FloatingPointError(f"{name} is not finite: lower the learning rate (the checkpoint before is as it was)")
-        shared = tensor.data_ptr() in seen  # a table of two SAEs
-        seen.add(tensor.data_ptr())
-        tensors[name] = tensor.clone() if shared else tensor.contiguous()
-    state = json.dumps({**progress, "places": [p.tolist() for p in places], "run": run})
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")  # a folder, as safetensors makes files of its own on the way
-    shutil.rmtree(partial, ignore_errors=True)  # of a process that was killed here
-    try:
-        partial.mkdir(parents=True)
-        save_file({**tensors, "state": torch.frombuffer(bytearray(state.encode()), dtype=torch.uint8)}, partial / path.name)
-        with open(partial / path.name, "rb+") as file:
-            os.fsync(file.fileno())
-        (partial / path.name).replace(path)
-    except (OSError, SafetensorError) as error:
-        raise OSError(f"could not write the checkpoint {path} ({error}): make room; the one before is as it was") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-@torch.no_grad()
-def load_checkpoint(path: str | Path, saes: Mapping[str, TSAE], opts: Mapping[str, torch.optim.Adam], run: Mapping,
-                    stream: ActivationStream) -> tuple[int, tuple[int, int], dict[str, float], list[dict]]:
-    """Put a checkpoint back; returns (steps done, place in the stream, seconds, history). Raises ValueError where the
-    file is damaged or of another run."""
-    if not Path(path).is_file():
-        raise ValueError(f"the checkpoint {path} is not a file: give another name")
-    try:
-        found = load_file(path, device=str(stream.lm.device))
-        state = json.loads(bytes(found.pop("state").tolist()))
-    except (SafetensorError, ValueError, KeyError, OSError) as error:
-        raise ValueError(f"the checkpoint {path} is damaged ({error}): delete it to start again") from error
-    rank = torch.distributed.get_rank() if _world() > 1 else 0
-    for part in {**run, **state["run"]}:
-        was, now = state["run"].get(part) or {}, run.get(part) or {}
-        if what := [f"{k} {was.get(k)} there, {now.get(k)} here" for k in {**was, **now} if was.get(k) != now.get(k)]:
-            raise ValueError(f"the checkpoint {path} is of another run ({part}: {'; '.join(what)}): delete it or give another file")
-    if state["places"][rank][2] != stream.digest:
-        raise ValueError(f"the checkpoint {path} is of another run (other rows of text): delete it or give another file")
-    for name, sae in saes.items():
-        for n, t in (*sae.named_parameters(), *sae.named_buffers()):
-            t.copy_(found[f"{name}/{n}"])
-        for n, p in sae.named_parameters():
-            if f"{name}/{n}/step" in found:  # not of a frozen table
-                opts[name].state[p] = {key: found[f"{name}/{n}/{key}"].clone() for key in ("step", "exp_avg", "exp_avg_sq")}
-    return state["step"], tuple(state["places"][rank][:2]), state["seconds"], state["history"]
 
 
 # ---------------------------------------------------------------------------------------------
@@ -1065,7 +997,7 @@ def save(sae: TSAE, folder: str | Path, metadata: Mapping | None = None, dtype: 
 
 
 def _tensors(path: Path, shapes: Mapping[str, tuple]) -> dict[str, Tensor]:
-    """Tensors of a file, names and shapes as expected (None: any size). Raises FileNotFoundError or ValueError."""
+    """Tensors of a file in fp32, names and shapes as expected (None: any size). Raises FileNotFoundError or ValueError."""
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected a folder written by tsae_utils.save or in SAELens layout")
     try:
@@ -1076,42 +1008,92 @@ def _tensors(path: Path, shapes: Mapping[str, tuple]) -> dict[str, Tensor]:
         found = list(tensors[name].shape) if name in tensors else "nothing"
         if found == "nothing" or len(found) != len(shape) or any(want not in (None, has) for want, has in zip(shape, found, strict=True)):
             raise ValueError(f"{path}: {name} should be {list(shape)}, found {found}")
-    return tensors
+        if not tensors[name].is_floating_point() or not torch.isfinite(tensors[name].float()).all():
+            raise ValueError(f"{path}: {name} should hold finite numbers, but is {tensors[name].dtype} with NaN, infinity or no fraction: "
+                             "fetch or train it again")
+    return {name: tensors[name].float() for name in shapes}
+
+
+def _modern(cfg: dict) -> dict:
+    """A flat cfg.json of SAELens before version 6 (RES-JB: no architecture, hook_point) in the present keys."""
+    if "metadata" in cfg or not {"hook_point", "hook_name"} & set(cfg):
+        return cfg
+    meta = {new: cfg[old] for old, new in (("model_name", "model_name"), ("hook_point", "hook_name"), ("hook_name", "hook_name"),
+                                           ("context_size", "context_size")) if old in cfg}
+    act = cfg.get("activation_fn_str") or cfg.get("activation_fn") or "relu"
+    if act not in ("relu", "topk"):
+        raise ValueError(f"activation {act!r} of an old SAELens file is not supported: expected relu or topk")
+    new = {"architecture": "standard", "apply_b_dec_to_input": True, **cfg, "metadata": meta}
+    if act == "topk":
+        new |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k", 0)}
+    if isinstance(new.get("normalize_activations"), bool):
+        new["normalize_activations"] = "expected_average_only_in" if new["normalize_activations"] else "none"
+    return new
+
+
+def _fold(cfg: Mapping, weights: dict[str, Tensor]) -> None:
+    """Bring a SAELens file's weights to our form, in place: b_dec taken off the input, acts not scaled by decoder norms.
+
+    Raises ValueError where a setting cannot be folded into the weights.
+    """
+    for key in ("normalize_activations", "reshape_activations", "finetuning_scaling_factor"):
+        if cfg.get(key) not in ("none", None, False):
+            raise ValueError(f"{key} = {cfg[key]!r} is not supported: fold it into the weights with sae_lens first")
+    if not cfg.get("apply_b_dec_to_input", True):  # W x + b = W (x - b_dec) + (b + W b_dec)
+        shift = weights["b_dec"] @ weights["W_enc"]
+        for name in ("b_enc", "b_gate"):
+            if name in weights:
+                weights[name] += shift
+        if "b_mag" in weights:
+            weights["b_mag"] += weights["r_mag"].exp() * shift
+    if cfg.get("rescale_acts_by_decoder_norm"):  # the k largest of acts times norms, decoded by unit rows
+        norm = weights["W_dec"].norm(dim=-1)
+        weights |= {"W_enc": weights["W_enc"] * norm, "b_enc": weights["b_enc"] * norm, "W_dec": weights["W_dec"] / norm[:, None]}
 
 
 def read_cfg(folder: str | Path) -> dict:
-    """cfg.json of a saved SAE. Raises FileNotFoundError or ValueError with what is wrong."""
+    """cfg.json of a saved SAE, in SAELens 6's keys. Raises FileNotFoundError or ValueError with what is wrong."""
     path = Path(folder) / "cfg.json"
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: expected a folder written by tsae_utils.save or in SAELens layout")
     try:
         cfg = json.loads(path.read_text())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(cfg, dict) or not isinstance(cfg.get("metadata", {}), dict):
+        raise ValueError(f"{path} is not the cfg.json of an SAE: expected the SAELens layout")
+    cfg = _modern(cfg)
     missing = [k for k in ("architecture", "d_in", "d_sae") if k not in cfg] + (
         ["k"] if cfg.get("architecture") == "topk" and "k" not in cfg else [])
     if missing:
         raise ValueError(f"{path} lacks {', '.join(missing)}: expected the SAELens layout")
+    if wrong := [k for k in ("d_in", "d_sae", "k") if k in cfg and type(cfg[k]) is not int]:
+        raise ValueError(f"{path}: {wrong[0]} = {cfg[wrong[0]]!r} should be a whole number")
     return cfg
 
 
 def load(folder: str | Path, device: str | torch.device = "cpu") -> TSAE:
-    """Load a saved SAE or TSAE, weights as fp32. Raises FileNotFoundError or ValueError with what is wrong."""
+    """Load an SAE or TSAE saved here or by SAELens (also before version 6, as RES-JB), weights as fp32.
+
+    Raises FileNotFoundError or ValueError with what is wrong.
+    """
     folder, raw = Path(folder), read_cfg(folder)
     known = {theirs: ours for ours, theirs in ARCHITECTURES.items()}  # of two that share a name the last: jumprelu
-    if raw["architecture"] not in known:
+    if raw["architecture"] not in [*known]:
         raise ValueError(f"{folder}/cfg.json: architecture {raw['architecture']!r} is not one of {', '.join(known)}")
     meta = raw.get("metadata", {})
-    tokenized = meta.get("tokenized", {})
-    own = {k: v for k, v in tokenized.get("config", {}).items() if k in ("l1_coefficient", "encoder_scale", "seed")}
+    tokenized = meta["tokenized"] if isinstance(meta.get("tokenized"), dict) else {}
+    saved = tokenized["config"] if isinstance(tokenized.get("config"), dict) else {}
+    kinds = {"model_name": str, "hook_name": str, "context_size": int, "l1_coefficient": float, "encoder_scale": float, "seed": int}
+    own = {name: value for name, value in {**meta, **saved}.items() if name in kinds and type(value) is kinds[name]}
     activation, k = known[raw["architecture"]], raw.get("k", 0)
-    if activation == "jumprelu" and tokenized.get("config", {}).get("activation") == "batchtopk":
-        activation, k = "batchtopk", tokenized["config"]["k"]
-    cfg = TSAEConfig(d_in=raw["d_in"], d_sae=raw["d_sae"], activation=activation, k=k, **own,
-                     **{k: meta[k] for k in ("model_name", "hook_name", "context_size") if k in meta})
+    if activation == "jumprelu" and saved.get("activation") == "batchtopk":
+        activation, k = "batchtopk", saved.get("k")
+    cfg = TSAEConfig(d_in=raw["d_in"], d_sae=raw["d_sae"], activation=activation, k=k, **own)
     sizes = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
     shapes = {name: sizes.get(name, (cfg.d_sae,)) for name in _weights(raw["architecture"])}
     weights, lookup, table = _tensors(folder / "sae_weights.safetensors", shapes), None, folder / "token_lookup.safetensors"
+    _fold(raw, weights)
     if tokenized.get("lookup", table.exists()):
         lookup = TokenLookup(_tensors(table, {"W_lookup": (None, cfg.d_in)})["W_lookup"])
     sae = TSAE(cfg, lookup)

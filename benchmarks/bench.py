@@ -1,11 +1,13 @@
 """Speed against the peers, at equal loss: one command, everything in one run, interleaved and repeated.
 
-    make bench                                        # builds .venv-peers, then runs this
-    python benchmarks/bench.py --shape 768 12288 32   # one shape; --quick for a look
+    make bench                                             # builds .venv-peers, then runs this; about an hour on two cores
+    python benchmarks/bench.py --only train_step harvest   # some of train_step, harvest, sweep, growth, profile, table
+    python benchmarks/bench.py --shape 768 12288 32        # one shape; --quick for a look at a tiny one
 
 Rule, written before the first run: every system trains a TopK SAE on the same planted activations for the same number of
 steps at the learning rate that is best for it on the common grid (held-out NMSE); then speeds are taken in rounds, one process
-after another, and the median over rounds counts. `ratio_to_ours` is tokens/s over ours in the same run.
+after another, and the median over rounds counts. `ratio_to_ours` is tokens/s over ours in the same run. A second, wider shape
+takes every system's rate from the first. The sweep's rates are searched the same way at a fifth of its tokens.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import sys
 from datetime import date
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 from safetensors.torch import save_file
@@ -26,38 +29,71 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
-PEERS = ROOT / ".venv-peers" / "bin" / "python"
+PEERS = str(ROOT / ".venv-peers" / "bin" / "python")
 LRS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
 SYSTEMS = {  # name: (worker, autocast, environment)
     "ours": ("ours", False, sys.executable),
-    "sparsify": ("sparsify", False, str(PEERS)),
-    "sparsify, autocast": ("sparsify", True, str(PEERS)),
-    "saelens": ("saelens", False, str(PEERS)),
-    "saelens, autocast": ("saelens", True, str(PEERS)),
+    "sparsify": ("sparsify", False, PEERS),
+    "sparsify, autocast": ("sparsify", True, PEERS),
+    "saelens": ("saelens", False, PEERS),
+    "saelens, autocast": ("saelens", True, PEERS),
     "dense pytorch, autocast": ("dense", True, sys.executable),
     "encoder product alone, bf16": ("encoder-product", False, sys.executable),
+    "ours+table": ("ours+table", False, sys.executable),
+    "ours+table by rows": ("ours+table by rows", False, sys.executable),
 }
-HARVEST = {"ours": sys.executable, "raw": sys.executable, "transformerlens": str(PEERS)}
+TWIN = {"sparsify": "sparsify, autocast", "saelens": "saelens, autocast"}  # fp32 takes its twin's rate: it is slow
+PRODUCT = "encoder product alone, bf16"
+HARVEST = {"ours": sys.executable, "raw": sys.executable, "transformerlens": PEERS}
+SWEEP = {"ours": ("ours", False, sys.executable), "saelens": ("saelens", False, PEERS), "saelens, autocast": ("saelens", True, PEERS),
+         "sparsify": ("sparsify", False, PEERS), "sparsify, autocast": ("sparsify", True, PEERS)}
+COLUMNS = ["work", "system", "d_in", "d_sae", "k", "batch", "tokens_per_s", "step_ms", "peak_gib", "nmse", "ratio_to_ours",
+           "lr", "rounds", "step_ms_min", "step_ms_max"]
+GROWTH = {  # what grows: (values, the worker's arguments, systems)
+    "d_sae": ([2**i for i in range(11, 18)], lambda v: ["--d-sae", v], ["ours"]),
+    "k": ([8, 16, 32, 64, 128, 256], lambda v: ["--k", v], ["ours"]),
+    "vocabulary": ([1_000, 8_000, 50_000, 250_000], lambda v: ["--vocab", v], ["ours", "ours+table", "ours+table by rows"]),
+    "SAEs": ([1, 2, 4, 8], lambda v: ["--saes", v], ["ours"]),
+}
+WORK = ["harvest", "train_step", "sweep", "growth", "profile", "table"]
+COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
-def planted(path: Path, d_in: int, tokens: int, features: int = 8192, active: int = 24, seed: int = 0) -> Path:
-    """Activations x = mean + sum of sparse features with power-law frequencies + a little noise, in fp16, made once."""
+def planted(path: Path, d_in: int, tokens: int, features: int = 8192, active: int = 24, vocab: int = 50257, seed: int = 0) -> Path:
+    """Activations x = mean + vector of the token + sum of sparse features + a little noise, in fp16, made once.
+
+    Features and tokens have power-law frequencies; a token's vector holds about a fifth of the squared norm.
+    """
     if not path.exists():
         g = torch.Generator().manual_seed(seed)
         directions = F.normalize(torch.randn(features, d_in, generator=g), dim=-1)
         common, mean = torch.arange(1, features + 1).float() ** -0.7, 0.5 * torch.randn(d_in, generator=g)
+        table, zipf = 0.16 * torch.randn(vocab, d_in, generator=g) * (768 / d_in) ** 0.5, 1 / (torch.arange(vocab) + 10.0)
 
-        def draw(n: int) -> torch.Tensor:
-            parts = []
-            for m in torch.ones(n).split(4096):
-                at = torch.multinomial(common.expand(len(m), -1), active, generator=g)
-                size = 1 + torch.randn(len(m), active, generator=g).abs()
+        def draw(n: int) -> tuple[torch.Tensor, torch.Tensor]:
+            parts, tokens = [], torch.multinomial(zipf, n, replacement=True, generator=g)
+            for t in tokens.split(4096):
+                at = torch.multinomial(common.expand(len(t), -1), active, generator=g)
+                size = 1 + torch.randn(len(t), active, generator=g).abs()
                 x = F.embedding_bag(at, directions, mode="sum", per_sample_weights=size)
-                parts.append((x + mean + 0.02 * torch.randn(len(m), d_in, generator=g)).half())
-            return torch.cat(parts)
+                parts.append((x + table[t] + mean + 0.02 * torch.randn(len(t), d_in, generator=g)).half())
+            return torch.cat(parts), tokens.int()
 
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"train": draw(tokens), "heldout": draw(8192)}, path)
+        (train, train_tokens), (heldout, heldout_tokens) = draw(tokens), draw(8192)
+        save_file({"train": train, "train_tokens": train_tokens, "heldout": heldout, "heldout_tokens": heldout_tokens}, path)
+    return path
+
+
+def testbed_rows(path: Path, tokens: int) -> Path:
+    """Rows of the testbed's text, training and held-out, made once."""
+    if not path.exists():
+        sys.path.insert(0, str(ROOT / "notebooks"))
+        import lab
+
+        bench = lab.Lab("bench", "record")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"train": bench.rows("sae", tokens), "heldout": bench.rows("heldout", 8192)}, path)
     return path
 
 
@@ -67,18 +103,18 @@ def hardware() -> str:
     return f"{platform.machine()}-{torch.get_num_threads()}-cores"
 
 
-def worker(python: str, *arguments: object) -> dict:
-    """One line of JSON from benchmarks/worker.py in an environment. Raises RuntimeError with its error."""
-    done = subprocess.run([python, str(ROOT / "benchmarks" / "worker.py"), *map(str, arguments)], capture_output=True, text=True)
+def run(python: str, script: str, *arguments: object) -> dict:
+    """One line of JSON from a script of benchmarks/ in an environment. Raises RuntimeError with its error."""
+    done = subprocess.run([python, str(ROOT / "benchmarks" / script), *map(str, arguments)], capture_output=True, text=True)
     if done.returncode:
-        raise RuntimeError(f"{' '.join(map(str, arguments))} failed: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{script} {' '.join(map(str, arguments))} failed: {done.stderr[-2000:]}")
     return json.loads(done.stdout.strip().splitlines()[-1])
 
 
-def measure(system: str, data: Path, d_sae: int, k: int, batch: int, steps: int, lr: float) -> dict:
+def measure(system: str, data: Path, d_sae: int, k: int, batch: int, steps: int, lr: float, *more: str) -> dict:
     name, half, python = SYSTEMS[system]
-    return worker(python, "train_step", name, data, "--d-sae", d_sae, "--k", k, "--batch", batch, "--steps", steps, "--lr", lr,
-                  *(["--autocast"] if half else []))
+    return run(python, "worker.py", "train_step", name, data, "--d-sae", d_sae, "--k", k, "--batch", batch, "--steps", steps, "--lr", lr,
+               *["--autocast"] * half, *more)
 
 
 def timings(part: pd.DataFrame, tokens: int) -> dict:
@@ -88,62 +124,191 @@ def timings(part: pd.DataFrame, tokens: int) -> dict:
             "step_ms_min": ms.min(), "step_ms_max": ms.max()}
 
 
-def harvest(rounds: int, steps: int) -> pd.DataFrame:
-    """Activations entering block 8 of GPT-2 small's shape, 16 rows of 256 a step."""
-    runs = []
-    for _ in tqdm(range(rounds), desc="harvest, rounds"):
-        runs += [{"system": s, **worker(python, "harvest", s, "--steps", steps)} for s, python in HARVEST.items()]
-    by_system = pd.DataFrame(runs).groupby("system", sort=False)
-    return against_ours([{"work": "harvest", "system": s, "d_in": 768, "batch": 4096, **timings(part, 4096)} for s, part in by_system])
-
-
 def against_ours(rows: list[dict]) -> pd.DataFrame:
     table = pd.DataFrame(rows)
     return table.assign(ratio_to_ours=table.tokens_per_s / table.tokens_per_s[table.system == "ours"].item())
 
 
-def train_step(d_in: int, d_sae: int, k: int, batch: int, search_steps: int, rounds: int) -> pd.DataFrame:
-    data = planted(ROOT / ".cache" / "bench" / f"planted-{d_in}-{search_steps * batch}.safetensors", d_in, search_steps * batch)
-    best = {"encoder product alone, bf16": (4e-3, None)}
-    for system in tqdm([s for s in SYSTEMS if s not in best], desc=f"learning rates, {d_in} x {d_sae}"):
-        twin = {"sparsify": "sparsify, autocast", "saelens": "saelens, autocast"}.get(system)  # fp32 takes its twin's rate: it is slow
-        if twin is None:
-            found = {lr: measure(system, data, d_sae, k, batch, search_steps, lr)["nmse"] for lr in LRS}
-            best[system] = min(found.items(), key=lambda item: item[1])
-    for system, twin in (("sparsify", "sparsify, autocast"), ("saelens", "saelens, autocast")):
-        best[system] = (best[twin][0], None)
-    short, runs = min(12, search_steps), []
+def harvest(rounds: int, steps: int) -> pd.DataFrame:
+    """Activations entering block 8 of GPT-2 small's shape, 16 rows of 256 a step."""
+    runs = []
+    for _ in tqdm(range(rounds), desc="harvest, rounds"):
+        runs += [{"system": s, **run(python, "worker.py", "harvest", s, "--steps", steps)} for s, python in HARVEST.items()]
+    by_system = pd.DataFrame(runs).groupby("system", sort=False)
+    return against_ours([{"work": "harvest", "system": s, "d_in": 768, "batch": 4096, **timings(part, 4096)} for s, part in by_system])
+
+
+def search(data: Path, d_sae: int, k: int, batch: int, steps: int) -> tuple[dict[str, float], pd.DataFrame]:
+    """Each system's best rate on the grid, and loss against wall time at all of them; the last row of a run is its end."""
+    best, curves = {PRODUCT: LRS[0]}, []
+    for system in tqdm([s for s in SYSTEMS if s not in TWIN and s not in best], desc=f"learning rates at d_sae {d_sae}"):
+        found = {lr: measure(system, data, d_sae, k, batch, steps, lr, "--curve") for lr in LRS}
+        best[system] = min(found, key=lambda lr: found[lr]["nmse"])
+        for lr in LRS:
+            curves += [{"system": system, "d_sae": d_sae, "lr": lr, "best": lr == best[system], **row} for row in found[lr]["curve"]]
+    return best | {system: best[twin] for system, twin in TWIN.items()}, pd.DataFrame(curves)
+
+
+def train_step(data: Path, d_sae: int, k: int, batch: int, steps: int, rounds: int, lrs: dict[str, float],
+               curves: pd.DataFrame) -> pd.DataFrame:
+    """Held-out NMSE after `steps` at each system's rate (of the search, where it was at this width), then the rounds of timings."""
+    d_in, known = int(data.stem.split("-")[1]), curves[curves.best & (curves.d_sae == d_sae)].groupby("system").nmse.last().to_dict()
+    rated = [s for s in SYSTEMS if s not in TWIN and s != PRODUCT and s not in known]
+    nmse = known | {s: measure(s, data, d_sae, k, batch, steps, lrs[s])["nmse"] for s in tqdm(rated, desc=f"loss at d_sae {d_sae}")}
+    runs = []
     for _ in tqdm(range(rounds), desc="rounds"):
-        runs += [{"system": s, **measure(s, data, d_sae, k, batch, short, best[s][0])} for s in SYSTEMS]
-    rows = []
-    for system, part in pd.DataFrame(runs).groupby("system", sort=False):
-        rows.append({"work": "train_step", "system": system, "d_in": d_in, "d_sae": d_sae, "k": k, "batch": batch, **timings(part, batch),
-                     "nmse": best[system][1], "lr": best[system][0]})
-    return against_ours(rows)
+        runs += [{"system": s, **measure(s, data, d_sae, k, batch, min(8, steps), lrs[s])} for s in SYSTEMS]
+    return against_ours([
+        {"work": "train_step", "system": system, "d_in": d_in, "d_sae": d_sae, "k": k, "batch": batch, **timings(part, batch),
+         "nmse": nmse.get(system), "lr": lrs[system]} for system, part in pd.DataFrame(runs).groupby("system", sort=False)])
+
+
+def sweep(rows: Path, tokens: int, d_sae: int) -> pd.DataFrame:
+    """Five k, two SAEs each, end to end: wall time and error of each system at its best rate."""
+    table = []
+    for system in tqdm(SWEEP, desc="sweep"):
+        name, half, python = SWEEP[system]
+        arguments = [name, rows, "--d-sae", d_sae, *["--autocast"] * half]
+        found = {lr: run(python, "sweep.py", *arguments, "--tokens", tokens // 5, "--lr", lr)["nmse"] for lr in LRS}
+        lr = min(found, key=lambda rate: pd.Series(found[rate]).mean())
+        done = run(python, "sweep.py", *arguments, "--tokens", tokens, "--lr", lr)
+        nmse = pd.Series(done["nmse"])
+        plain = nmse[[n for n in nmse.index if not n.startswith("tsae")]]  # the peers have no table
+        table.append({"work": "sweep", "system": system, "d_in": 256, "d_sae": d_sae, "batch": 4096, "peak_gib": done["peak_gib"],
+                      "nmse": plain.mean(), "lr": lr, "rounds": 1, "tokens_per_s": tokens / done["seconds"],
+                      "step_ms": 1000 * done["seconds"] / (tokens / 4096)})
+    return against_ours(table)
+
+
+def table_updates(tokens: int, seeds: int, quick: bool) -> pd.DataFrame:
+    """Adam on all of the table against SparseAdam on the batch's rows: held-out quality on the testbed, each over the same rates."""
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    import lab as notebooks
+
+    import tsae_utils as tu
+
+    lab, rows = notebooks.Lab("bench", "smoke" if quick else "record"), []
+    hook, start = lab.hook(lab.layer), 0.5 * lab.unigrams(lab.layer)
+    evaluate = tu.Evaluator(lab.lm, lab.rows("heldout", lab.p.eval_tokens), hook)
+    for seed in range(seeds):
+        saes, cfgs = {}, {}
+        for by_rows in (False, True):
+            for lr in (1e-3, 3e-3, 1e-2, 3e-2):
+                cfg = tu.TSAEConfig(d_in=lab.lm.d_model, d_sae=lab.d_sae, k=lab.p.k, encoder_scale=0.5, seed=seed)
+                saes[by_rows, lr] = tu.TSAE(cfg, tu.TokenLookup(start)).to(lab.lm.device)
+                own = notebooks.LEARNING_RATES["topk+lookup"]
+                cfgs[by_rows, lr] = tu.TrainConfig(tokens=tokens, lr=own, lr_lookup=lr, lookup_by_rows=by_rows)
+        stream = tu.ActivationStream(lab.lm, lab.train_rows, hook, lab.p.batch_size, lab.p.buffer_tokens, seed)
+        history = tu.train(saes, stream, cfgs)
+        for (by_rows, lr), sae in saes.items():
+            found, end = evaluate(sae), [h for h in history if h["system"] == (by_rows, lr)][-1]
+            rows.append({"table": "by rows (SparseAdam)" if by_rows else "whole (Adam)", "lr_lookup": lr, "seed": seed, "tokens": tokens,
+                         "nmse": found["nmse"], "ce_added": found["ce_added"], "dead_fraction": end["dead_fraction"]})
+    return pd.DataFrame(rows)
+
+
+def growth(data: Path, d_sae: int, k: int, batch: int, steps: int, shrink: int = 1) -> pd.DataFrame:
+    """ms a step and peak memory against width, k, vocabulary and number of SAEs, the rest held."""
+    rows, held = [], ["--d-sae", d_sae, "--k", k, "--batch", batch, "--steps", steps]
+    for what, (values, arguments, systems) in GROWTH.items():
+        for value in tqdm([v // shrink for v in values] if what in ("d_sae", "vocabulary") else values, desc=f"growth with {what}"):
+            for system in systems:
+                done = run(sys.executable, "worker.py", "train_step", system, data, *held, *arguments(value))
+                rows.append({"grows": what, "value": value, "system": system, "step_ms": done["step_ms"], "peak_gib": done["peak_gib"]})
+    return pd.DataFrame(rows)
+
+
+def profile(data: Path, d_sae: int, k: int, batch: int) -> pd.DataFrame:
+    """Where the time of one step and of one harvest goes."""
+    parts = []
+    for work, arguments in (("train_step", [data, "--d-sae", d_sae, "--k", k, "--batch", batch]), ("harvest", [])):
+        ms = run(sys.executable, "worker.py", "profile", "ours", *arguments, "--steps", 8)["ms"]
+        parts += [{"work": work, "operation": op, "ms_per_step": t, "share": t / sum(ms.values())} for op, t in ms.items()]
+    return pd.DataFrame(parts)
+
+
+def draw_loss(curves: pd.DataFrame, path: Path) -> None:
+    """Held-out NMSE against wall time, every system at its best rate."""
+    fig, ax = plt.subplots(figsize=(6.5, 4))
+    for color, (system, part) in zip(COLORS, curves[curves.best].groupby("system", sort=False), strict=False):
+        ax.plot(part.seconds, part.nmse, "o-", color=color, label=system, markersize=4)
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
+    ax.set(xscale="log", yscale="log", xlabel=f"seconds of training, {where}", ylabel="held-out NMSE",
+           title=f"Loss against wall time, d_sae {curves.d_sae.iloc[0]:,}, each at its best rate")
+    ax.legend(fontsize=8)
+    fig.savefig(path)
+
+
+def draw_growth(table: pd.DataFrame, path: Path) -> None:
+    fig, axes = plt.subplots(1, len(GROWTH), figsize=(13, 3.4), sharey=True)
+    for ax, (what, part) in zip(axes, table.groupby("grows", sort=False), strict=True):
+        for color, (system, rows) in zip(COLORS, part.groupby("system", sort=False), strict=False):
+            ax.plot(rows.value, rows.step_ms, "o-", color=color, label=system)
+        ax.set(xscale="log", yscale="log", xlabel=what)
+        if part.system.nunique() > 1:
+            ax.legend(fontsize=8)
+    axes[0].set_ylabel("ms a step")
+    fig.suptitle("What a step costs: with the width of the dictionary, hardly with k, with the vocabulary unless by rows, with every SAE")
+    fig.savefig(path)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=WORK)
     parser.add_argument("--shape", type=int, nargs=3, action="append", metavar=("D_IN", "D_SAE", "K"),
                         help="default: 768 12288 32 and 768 24576 32")
     parser.add_argument("--batch", type=int, default=4096)
-    parser.add_argument("--search-steps", type=int, default=60)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--search-steps", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--sweep-tokens", type=int, default=200_000)
     parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that everything runs")
     args = parser.parse_args()
-    if not PEERS.exists():
-        raise SystemExit(f"the peers' environment {PEERS.parent.parent} is missing: run `make bench`, which builds it")
+    if not Path(PEERS).exists():
+        raise SystemExit(f"the peers' environment {Path(PEERS).parent.parent} is missing: run `make bench`, which builds it")
+    wanted = args.only or WORK
     shapes = args.shape or [(768, 12288, 32), (768, 24576, 32)]
     if args.quick:
-        shapes, args.batch, args.search_steps, args.rounds = [(64, 512, 8)], 256, 16, 2
-    parts = [harvest(args.rounds, 3 if args.quick else 8)]
-    table = pd.concat(parts + [train_step(*shape[:2], shape[2], args.batch, args.search_steps, args.rounds) for shape in shapes])
-    columns = "work system d_in d_sae k batch tokens_per_s step_ms peak_gib nmse ratio_to_ours lr rounds step_ms_min step_ms_max".split()
-    path = ROOT / "benchmarks" / "results" / f"{date.today()}-{hardware()}{'-quick' * args.quick}.csv"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    table[columns].to_csv(path, index=False, float_format="%.5g")
-    print(table[columns[:11]].round(3).to_string(index=False, na_rep=""))
-    print(f"written to {path.relative_to(ROOT)}")
+        shapes, args.batch, args.search_steps, args.rounds, args.sweep_tokens = [(64, 512, 8)], 256, 16, 2, 20_480
+    d_in, d_sae, k = shapes[0]
+    cache = ROOT / ".cache" / "bench"
+    data = planted(cache / f"planted-{d_in}-{args.search_steps * args.batch}.safetensors", d_in, args.search_steps * args.batch)
+    out = ROOT / "benchmarks" / "results" / f"{date.today()}-{hardware()}{'-quick' * args.quick}"
+    out.parent.mkdir(parents=True, exist_ok=True)
+    plt.style.use(ROOT / "figures" / "tsae.mplstyle")
+    done = pd.read_csv(f"{out}.csv") if Path(f"{out}.csv").exists() else pd.DataFrame(columns=COLUMNS)
+
+    def keep(part: pd.DataFrame) -> None:
+        """Written after each kind of work: an interrupt loses nothing."""
+        nonlocal done
+        again = (done.work == part.work.iloc[0]) & (done.d_sae.isin(part.d_sae) if "d_sae" in part else True)
+        done = pd.DataFrame([*done[~again].to_dict("records"), *part.to_dict("records")], columns=COLUMNS)
+        done.to_csv(f"{out}.csv", index=False, float_format="%.5g")
+        print(part[[c for c in COLUMNS[:11] if c in part]].round(4).to_string(index=False, na_rep=""))
+
+    if "harvest" in wanted:
+        keep(harvest(args.rounds, 3 if args.quick else 8))
+    if "train_step" in wanted:
+        lrs, curves = search(data, d_sae, k, args.batch, args.search_steps)
+        curves.to_csv(f"{out}-loss.csv", index=False, float_format="%.5g")
+        draw_loss(curves, Path(f"{out}-loss.png"))
+        for d, width, at in shapes:
+            if d != d_in:
+                raise SystemExit(f"shapes of one run share d_in: {d} and {d_in} need two")
+            keep(train_step(data, width, at, args.batch, args.search_steps, args.rounds, lrs, curves))
+    if "sweep" in wanted:
+        rows = testbed_rows(cache / f"rows-{args.sweep_tokens}.safetensors", 2 * args.sweep_tokens)
+        keep(sweep(rows, args.sweep_tokens, 512 if args.quick else 4096))
+    if "growth" in wanted:
+        table = growth(data, 8192 // (64 if args.quick else 1), k, args.batch, 6, 64 if args.quick else 1)
+        table.to_csv(f"{out}-growth.csv", index=False, float_format="%.5g")
+        draw_growth(table, Path(f"{out}-growth.png"))
+    if "profile" in wanted:
+        profile(data, d_sae, k, args.batch).to_csv(f"{out}-profile.csv", index=False, float_format="%.4g")
+    if "table" in wanted:
+        table = table_updates(8192 if args.quick else 1_000_000, 1 if args.quick else 3, args.quick)
+        table.to_csv(f"{out}-table.csv", index=False, float_format="%.5g")
+        print(table.groupby(["table", "lr_lookup"])[["nmse", "ce_added", "dead_fraction"]].mean().round(4).to_string())
+    print(f"written to {out.parent.relative_to(ROOT)}")
 
 
 if __name__ == "__main__":

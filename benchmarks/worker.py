@@ -18,7 +18,6 @@ import resource
 import sys
 import time
 from collections.abc import Callable
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -30,8 +29,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import tsae_utils as tu
 
-Step = Callable[[Tensor], None]
-Reconstruct = Callable[[Tensor], Tensor]
+Reconstruct = Callable[[Tensor, Tensor], Tensor]  # of held-out activations on their tokens
+Forward = Callable[[Tensor], Tensor]  # token ids to activations
+Run = Callable[[Callable[[], None]], None]  # takes every step and calls back after each
+TABLE = {"ours": None, "ours+table": False, "ours+table by rows": True}  # whether its table is updated by rows
 
 
 def cosine(step: int, steps: int) -> float:
@@ -43,28 +44,31 @@ def autocast(on: bool, device: str) -> contextlib.AbstractContextManager:
     return torch.autocast(device, torch.bfloat16) if on else contextlib.nullcontext()
 
 
-def ours(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct]:
-    """tsae_utils.train itself, without a table, on a stream of ready batches."""
+def ours(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reconstruct]:
+    """tsae_utils.train itself on a stream of ready batches; the table, where there is one, starts at zero."""
     tu.keep_freed_memory()
-    sae = tu.TSAE(tu.TSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k)).to(x.device)
-    tokens, times = torch.zeros(a.batch, 1, dtype=torch.long, device=x.device), [time.perf_counter()]
+    saes = {}
+    for i in range(a.saes):
+        table = None if TABLE[a.system] is None else tu.TokenLookup(torch.zeros(a.vocab, x.shape[1]))
+        saes[str(i)] = tu.TSAE(tu.TSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k, seed=i), table).to(x.device)
+    cfg = tu.TrainConfig(tokens=a.steps * a.batch, lr=a.lr, lookup_by_rows=bool(TABLE[a.system]))
 
     class Ready:
         batch_size = a.batch
 
         def __iter__(self):
-            yield from ((batch, tokens) for batch in x.split(a.batch))
+            yield from zip(x.split(a.batch), tokens.split(a.batch), strict=True)
 
-    def stamp(_: int) -> None:
-        synchronise(x)
-        times.append(time.perf_counter())
+    def reconstruct(y: Tensor, t: Tensor) -> Tensor:
+        training, sae = saes["0"].training, saes["0"].eval()  # on the way too: fp32 as outside of training
+        x_hat = sae(y, t).x_hat
+        sae.train(training)
+        return x_hat
 
-    tu.train({"sae": sae}, Ready(), tu.TrainConfig(tokens=a.steps * a.batch, lr=a.lr), progress=False, after_step=stamp)
-    no_tokens = torch.zeros(1, 1, dtype=torch.long, device=x.device)
-    return [b - t for t, b in pairwise(times)], lambda y: sae(y, no_tokens.expand(len(y), 1)).x_hat
+    return lambda after: tu.train(saes, Ready(), cfg, progress=False, after_step=lambda _: after()), reconstruct
 
 
-def dense(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct]:
+def dense(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reconstruct]:
     """The plain way in PyTorch: dense activations, fused Adam."""
     torch.manual_seed(0)
     W_dec = F.normalize(torch.randn(a.d_sae, x.shape[1], device=x.device), dim=-1)
@@ -85,10 +89,10 @@ def dense(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct]:
         loss.backward()
         opt.step()
 
-    return timed(step, x, a, [opt]), forward
+    return steps(step, x, a, [opt]), lambda y, _: forward(y)
 
 
-def sparsify(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct]:
+def sparsify(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reconstruct]:
     """eai-sparsify's SparseCoder with the steps of its trainer (Adam; unit decoder norms), b_dec at the first batch's mean."""
     from sparsify import SparseCoder, SparseCoderConfig
 
@@ -106,10 +110,10 @@ def sparsify(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct
         sae.remove_gradient_parallel_to_decoder_directions()
         opt.step()
 
-    return timed(step, x, a, [opt]), lambda y: sae(y).sae_out
+    return steps(step, x, a, [opt]), lambda y, _: sae(y).sae_out
 
 
-def saelens(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct]:
+def saelens(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reconstruct]:
     """SAELens's SAETrainer.step on a TopKTrainingSAE."""
     from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
@@ -129,15 +133,14 @@ def saelens(x: Tensor, a: argparse.Namespace) -> tuple[list[float], Reconstruct]
         trainer.step(y)
         trainer.n_training_steps += 1
 
-    return timed(step, x, a, [trainer.optimizer]), lambda y: sae(y)
+    return steps(step, x, a, [trainer.optimizer]), lambda y, _: sae(y)
 
 
-def product(x: Tensor, a: argparse.Namespace) -> tuple[list[float], None]:
+def product(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, None]:
     """The encoder's matrix product alone in bf16: what no dense-encoder SAE can beat."""
-    W, out = torch.randn(a.d_sae, x.shape[1], device=x.device).bfloat16().T, None
-    y = x[: a.batch].bfloat16()
+    W, y = torch.randn(a.d_sae, x.shape[1], device=x.device).bfloat16().T, x[: a.batch].bfloat16()
     out = torch.empty(a.batch, a.d_sae, dtype=torch.bfloat16, device=x.device)
-    return timed(lambda _: torch.mm(y, W, out=out), x, a, []), None
+    return steps(lambda _: torch.mm(y, W, out=out), x, a, []), None
 
 
 def synchronise(x: Tensor) -> None:
@@ -145,21 +148,60 @@ def synchronise(x: Tensor) -> None:
         torch.cuda.synchronize()
 
 
-def timed(step: Step, x: Tensor, a: argparse.Namespace, opts: list[torch.optim.Optimizer]) -> list[float]:
-    """Seconds of every step."""
-    times = []
-    for i in range(a.steps):
-        for group in (g for o in opts for g in o.param_groups):
-            group["lr"] = a.lr * cosine(i, a.steps)
-        synchronise(x)
-        started = time.perf_counter()
-        step(x[i * a.batch : (i + 1) * a.batch])
-        synchronise(x)
-        times.append(time.perf_counter() - started)
-    return times
+def steps(step: Callable[[Tensor], None], x: Tensor, a: argparse.Namespace, opts: list[torch.optim.Optimizer]) -> Run:
+    """All steps of a peer, each with its share of the learning rate."""
+
+    def run(after: Callable[[], None]) -> None:
+        for i, y in enumerate(x.split(a.batch)):
+            for group in (g for o in opts for g in o.param_groups):
+                group["lr"] = a.lr * cosine(i, a.steps)
+            step(y)
+            after()
+
+    return run
 
 
-SYSTEMS = {"ours": ours, "dense": dense, "sparsify": sparsify, "saelens": saelens, "encoder-product": product}
+def train_step(a: argparse.Namespace, device: str, measure: bool = True) -> dict:
+    """Seconds of every step; held-out NMSE at the end and, with --curve, at a few steps on the way, outside of the time."""
+    data = load_file(a.data)
+    n = a.steps * a.batch
+    if len(data["train"]) < n:
+        raise ValueError(f"{a.data} holds {len(data['train'])} activations: {a.steps} steps of {a.batch} need more")
+    x, heldout = data["train"][:n].float().to(device), data["heldout"].float().to(device)
+    tokens, heldout_tokens = (data[f"{part}_tokens"].long().to(device).remainder(a.vocab)[:, None] for part in ("train", "heldout"))
+    start, times, curve = resident(), [], []
+    run, reconstruct = SYSTEMS[a.system](x, tokens[:n], a)
+
+    @torch.no_grad()
+    def error() -> float | None:
+        if reconstruct is None or not measure:
+            return None
+        parts = zip(heldout.split(1024), heldout_tokens.split(1024), strict=True)
+        return tu.reconstruction_error(heldout, torch.cat([reconstruct(*part) for part in parts])).nmse
+
+    marks = {round(a.steps ** (i / 7)) for i in range(1, 8)} if a.curve else set()
+    since = time.perf_counter()
+
+    def after() -> None:
+        nonlocal since
+        synchronise(x)
+        times.append(time.perf_counter() - since)
+        if len(times) in marks:
+            curve.append({"tokens": len(times) * a.batch, "seconds": sum(times), "nmse": error()})
+        since = time.perf_counter()
+
+    run(after)
+    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resident() - start
+    return {"step_ms": late(times), "peak_gib": peak, "nmse": error(), "curve": curve}
+
+
+def late(times: list[float]) -> float:
+    """Median in ms; the first quarter warms up."""
+    rest = sorted(times[len(times) // 4 :])
+    return 1000 * rest[len(rest) // 2]
+
+
+SYSTEMS = {**dict.fromkeys(TABLE, ours), "dense": dense, "sparsify": sparsify, "saelens": saelens, "encoder-product": product}
 LAYER, CONTEXT, ROWS = 8, 256, 16
 
 
@@ -170,7 +212,7 @@ def gpt2_shape() -> torch.nn.Module:
     return GPT2LMHeadModel(GPT2Config()).eval().requires_grad_(False)
 
 
-def harvest_ours(device: str) -> Reconstruct:
+def harvest_ours(device: str) -> Forward:
     """LanguageModel.activations: the whole model, ended by a hook."""
     from transformers import AutoTokenizer
 
@@ -180,7 +222,7 @@ def harvest_ours(device: str) -> Reconstruct:
     return lambda ids: lm.activations(ids, [LAYER])[LAYER]
 
 
-def harvest_raw(device: str) -> Reconstruct:
+def harvest_raw(device: str) -> Forward:
     """The bound: the same model cut to its first blocks, bf16, nothing hooked."""
     model = gpt2_shape().to(device).transformer
     model.h, model.ln_f = model.h[:LAYER], torch.nn.Identity()
@@ -193,7 +235,7 @@ def harvest_raw(device: str) -> Reconstruct:
     return forward
 
 
-def harvest_transformerlens(device: str) -> Reconstruct:
+def harvest_transformerlens(device: str) -> Forward:
     """TransformerLens's cached forward, ended one past the hook; fp32, as it is used."""
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
@@ -206,8 +248,8 @@ def harvest_transformerlens(device: str) -> Reconstruct:
 HARVEST = {"ours": harvest_ours, "raw": harvest_raw, "transformerlens": harvest_transformerlens}
 
 
-def harvest(a: argparse.Namespace, device: str) -> list[float]:
-    forward, times = HARVEST[a.system](device), []
+def harvest(a: argparse.Namespace, device: str) -> dict:
+    forward, times, start = HARVEST[a.system](device), [], resident()
     for i in range(a.steps):
         ids = torch.randint(50257, (ROWS, CONTEXT), generator=torch.Generator().manual_seed(i)).to(device)
         started = time.perf_counter()
@@ -217,7 +259,23 @@ def harvest(a: argparse.Namespace, device: str) -> list[float]:
         times.append(time.perf_counter() - started)
     if found.shape != (ROWS, CONTEXT, 768) or not torch.isfinite(found).all():
         raise RuntimeError(f"{a.system} gave {list(found.shape)}")
-    return times
+    return {"step_ms": late(times), "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resident() - start}
+
+
+def profile(a: argparse.Namespace, device: str) -> dict:
+    """Where the time of a step goes: ms a step of every kind of operation, the operations it calls left out."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as profiler
+
+    activities = [ProfilerActivity.CPU, *[ProfilerActivity.CUDA] * (device == "cuda")]
+    with profiler(activities=activities) as seen:
+        if a.data:
+            train_step(a, device, measure=False)
+        else:
+            harvest(a, device)
+    name = "self_device_time_total" if device == "cuda" else "self_cpu_time_total"
+    total = {e.key: getattr(e, name) / 1000 / a.steps for e in seen.key_averages() if not e.key.startswith("ProfilerStep")}
+    return {"ms": dict(sorted(total.items(), key=lambda item: -item[1])[:25])}
 
 
 def resident() -> float:
@@ -227,33 +285,19 @@ def resident() -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("work", choices=["train_step", "harvest"])
+    parser.add_argument("work", choices=["train_step", "harvest", "profile"])
     parser.add_argument("system", choices=sorted({*SYSTEMS, *HARVEST}))
-    parser.add_argument("data", type=Path, nargs="?", help="safetensors with train and heldout (train_step)")
-    for name, default in (("d-sae", 12288), ("k", 32), ("batch", 4096), ("steps", 12), ("threads", 0)):
+    parser.add_argument("data", type=Path, nargs="?", help="safetensors with train, heldout and their tokens (train_step)")
+    for name, default in (("d-sae", 12288), ("k", 32), ("batch", 4096), ("steps", 12), ("threads", 0), ("vocab", 50257), ("saes", 1)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--lr", type=float, default=4e-3)
     parser.add_argument("--autocast", action="store_true")
+    parser.add_argument("--curve", action="store_true")
     a = parser.parse_args()
     if a.threads:
         torch.set_num_threads(a.threads)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    start, nmse, reconstruct = resident(), None, None
-    if a.work == "harvest":
-        times = harvest(a, device)
-    else:
-        data = load_file(a.data)
-        x, heldout = data["train"][: a.steps * a.batch].float().to(device), data["heldout"].float().to(device)
-        if len(x) < a.steps * a.batch:
-            raise ValueError(f"{a.data} holds {len(x)} activations: {a.steps} steps of {a.batch} need more")
-        start = resident()
-        times, reconstruct = SYSTEMS[a.system](x, a)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resident() - start
-    if reconstruct is not None:
-        with torch.no_grad():
-            nmse = tu.reconstruction_error(heldout, torch.cat([reconstruct(y) for y in heldout.split(1024)])).nmse
-    late = sorted(times[len(times) // 4 :])  # the first quarter warms up
-    print(json.dumps({"step_ms": 1000 * late[len(late) // 2], "peak_gib": peak, "nmse": nmse, "torch": torch.__version__}))
+    found = {"train_step": train_step, "harvest": harvest, "profile": profile}[a.work](a, "cuda" if torch.cuda.is_available() else "cpu")
+    print(json.dumps({**found, "torch": torch.__version__}))
 
 
 if __name__ == "__main__":

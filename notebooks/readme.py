@@ -70,7 +70,22 @@ def times() -> str:
     return f"All notebooks at `mini` on a fresh clone, two CPU cores: {t.seconds.sum() / 60:.0f} minutes beside the environment ({each})."
 
 
-BLOCKS = {"headline": headline, "status": status, "gallery": gallery, "scorecard": verdicts, "times": times}
+def speed() -> str:
+    """The newest side-by-side run of `make bench` on every kind of hardware."""
+    newest = {}
+    for path in sorted((ROOT / "benchmarks" / "results").glob("20*.csv")):
+        if "ratio_to_ours" in path.read_text().splitlines()[0] and "-quick" not in path.stem:
+            newest[path.stem[11:]] = path
+    lines = ["| work | system | d_sae | tokens/s | of ours | peak GiB | held-out NMSE |", "|---|---|---|---|---|---|---|"]
+    for path in newest.values():
+        for r in pd.read_csv(path).itertuples():
+            d_sae, nmse = "" if pd.isna(r.d_sae) else f"{r.d_sae:,.0f}", "" if pd.isna(r.nmse) else f"{r.nmse:.4f}"
+            lines.append(f"| {r.work} | {r.system} | {d_sae} | {r.tokens_per_s:,.0f} | {r.ratio_to_ours:.2f} | {r.peak_gib:.2f} | {nmse} |")
+    runs = "; ".join(f"[{path.name}](benchmarks/results/{path.name})" for path in newest.values())
+    return f"One run each: {runs}.\n\n" + "\n".join(lines)
+
+
+BLOCKS = {"headline": headline, "status": status, "gallery": gallery, "scorecard": verdicts, "times": times, "speed": speed}
 
 
 def fill(text: str) -> str:

@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import runs
 import train
 import tsae_utils as tu
 
@@ -29,14 +30,14 @@ def new_stream(lm, rows) -> tu.ActivationStream:
 
 
 def new_saes(lm) -> dict[str, tu.TSAE]:
-    """One of every activation, the first two with a table (learned, frozen)."""
+    """One of every activation, the first three with a table (learned, frozen, learned by rows)."""
     torch.manual_seed(0)
-    tables = {a: tu.TokenLookup(torch.randn(lm.n_vocab, 32), trainable=a == "topk") for a in ("topk", "batchtopk")}
+    tables = {a: tu.TokenLookup(torch.randn(lm.n_vocab, 32), trainable=a != "batchtopk") for a in ("topk", "batchtopk", "relu")}
     return {a: tu.TSAE(tu.TSAEConfig(d_in=32, d_sae=64, activation=a, k=4, l1_coefficient=L1[a]), tables.get(a)) for a in tu.ACTIVATIONS}
 
 
 CFG = tu.TrainConfig(tokens=1500, lr=1e-2, aux_window=200)
-CFGS = {a: replace(CFG, aux_k=8) if "topk" in a else replace(CFG, start_l0=8) for a in tu.ACTIVATIONS}
+CFGS = {a: replace(CFG, aux_k=8) if "topk" in a else replace(CFG, start_l0=8, lookup_by_rows=a == "relu") for a in tu.ACTIVATIONS}
 
 
 def state(saes) -> dict[str, torch.Tensor]:
@@ -152,7 +153,7 @@ def test_a_bad_state_or_a_full_disk_leaves_the_last_checkpoint(lm, rows, tmp_pat
         (tmp_path / ".c.safetensors.partial" / "c.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(tu, "save_file", full)
+    monkeypatch.setattr(runs, "save_file", full)
     with pytest.raises(OSError, match=r"could not write the checkpoint .* the one before is as it was"):
         tu.train(new_saes(lm), new_stream(lm, rows), CFG, progress=False, checkpoint=path, checkpoint_every=100)
     assert path.read_bytes() == kept and [f.name for f in tmp_path.iterdir()] == ["c.safetensors"]
@@ -253,7 +254,8 @@ torch.manual_seed(0)
 table, l1 = torch.randn(50, 16, dtype=torch.float64), {"topk": 0.0, "relu": 0.1, "gated": 0.1}
 cfg = {a: tu.TSAEConfig(d_in=16, d_sae=48, activation=a, k=4, l1_coefficient=c) for a, c in l1.items()}
 saes = {a: tu.TSAE(c, tu.TokenLookup(table)).double() for a, c in cfg.items()}
-cfgs = {a: tu.TrainConfig(tokens=len(x), lr=1e-2, l1_warmup=0.0, aux_k=8 * (a == "topk"), aux_window=64) for a in saes}
+cfgs = {a: tu.TrainConfig(tokens=len(x), lr=1e-2, l1_warmup=0.0, aux_k=8 * (a == "topk"), aux_window=64, lookup_by_rows=a == "relu")
+        for a in saes}
 """
 
 

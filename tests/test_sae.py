@@ -94,6 +94,32 @@ def test_every_activation_equals_the_naive_one(activation, d_in, d_sae, batch, d
         assert torch.allclose(a, b), name
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 24), st.sampled_from([3, 100]), st.integers(0, 1000), st.booleans())
+def test_top_k_in_groups_is_exact(batch, groups, k, levels, seed, many_groups):
+    """Values equal torch.topk's, indices are distinct and point at them; few levels make ties, also at the edge."""
+    width = tu.GROUP * groups + (0 if many_groups else 1)
+    k = min(k, width)
+    pre = torch.randint(levels, (batch, width), generator=torch.Generator().manual_seed(seed)).float()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tu, "GROUPS_FROM", 0)
+        values, index = tu.top_k(pre, k)
+    assert torch.equal(values.sort(descending=True).values, pre.topk(k).values)
+    assert torch.equal(pre.gather(1, index), values) and all(len(set(row)) == k for row in index.tolist())
+
+
+def test_a_wide_sae_takes_its_top_in_groups(monkeypatch):
+    """At the first width where it is used, against the naive one in fp64."""
+    sae, g, widths = random_sae(4, tu.GROUPS_FROM, 8).double(), torch.Generator().manual_seed(0), []
+    x, tokens = torch.randn(6, 4, generator=g, dtype=torch.float64), torch.zeros(6, 1, dtype=torch.long)
+    plain = torch.Tensor.topk
+    monkeypatch.setattr(torch.Tensor, "topk", lambda t, *a, **k: (widths.append(t.shape[-1]), plain(t, *a, **k))[1])
+    out = sae(x, tokens)
+    assert widths == [tu.GROUPS_FROM // tu.GROUP, 8 * tu.GROUP], "the maxima of the groups, then their members"
+    monkeypatch.undo()
+    assert torch.allclose(out.x_hat, naive(sae, x, tokens)[0])
+
+
 @pytest.mark.parametrize("activation", tu.ACTIVATIONS)
 def test_bf16_is_close_and_for_training_only(activation):
     """bf16 touches the big products alone: 8 bits of the values, and the choice among near-ties."""
@@ -256,6 +282,6 @@ def test_relu_loss_uses_the_coefficient_and_decoder_norms():
     acts = sae.encode(x)
     assert torch.allclose(out.sparsity, (acts * sae.W_dec.norm(dim=1)).sum(1).mean()) and out.sparsity > 0
     cfg = tu.TrainConfig(lr=0.0, l1_warmup=0.5)
-    row = tu._step_(sae, tu.optimiser_for(sae, cfg), cfg, x, tokens, 0.25, True)
+    row = tu._step_(sae, tu.optimisers_for(sae, cfg), cfg, x, tokens, 0.25, True)
     expected = (x - out.x_hat).square().sum(1).mean() + 0.7 * 0.5 * out.sparsity
     assert row["loss"] == pytest.approx(expected.item(), rel=1e-5), "half warmed up"

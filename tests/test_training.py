@@ -94,9 +94,50 @@ def test_the_table_has_its_own_learning_rate():
     """Defect 3: outside TopK the table trained a hundred times slower."""
     for activation in tu.ACTIVATIONS:
         sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=8, k=2, activation=activation), tu.TokenLookup(torch.zeros(V, D)))
-        rates = {id(p): g["lr"] for g in tu.optimiser_for(sae, tu.TrainConfig(lr=1e-4, lr_lookup=1e-2)).param_groups for p in g["params"]}
-        assert rates[id(sae.lookup.W)] == 1e-2 and rates[id(sae.W_dec)] == 1e-4
-        assert set(rates) == {id(p) for p in sae.parameters()}, "every parameter is trained"
+        for by_rows in (False, True):
+            opts = tu.optimisers_for(sae, tu.TrainConfig(lr=1e-4, lr_lookup=1e-2, lookup_by_rows=by_rows))
+            rates = {id(p): g["lr"] for opt in opts for g in opt.param_groups for p in g["params"]}
+            assert rates[id(sae.lookup.W)] == 1e-2 and rates[id(sae.W_dec)] == 1e-4
+            assert set(rates) == {id(p) for p in sae.parameters()}, "every parameter is trained"
+
+
+def test_a_table_by_rows_moves_the_rows_of_the_batch_as_written():
+    """SparseAdam by hand: moments of absent rows rest, Adam's go on."""
+    stream = PlantedStream(True)
+    batches = [stream.batch() for _ in range(3)]
+
+    class Fixed(PlantedStream):
+        def __iter__(self):
+            yield from batches
+
+    def trained(steps, by_rows):
+        sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=0, k=0), tu.TokenLookup(torch.zeros(V, D)))
+        tu.train({"a": sae}, Fixed(True), tu.TrainConfig(tokens=512 * steps, lr=0.0, lr_lookup=0.1, lr_end=1.0, lookup_by_rows=by_rows),
+                 progress=False)
+        return sae.lookup.W.detach()
+
+    b_dec, W = batches[0][0].mean(0), torch.zeros(V, D, dtype=torch.float64)
+    m, v = torch.zeros_like(W), torch.zeros_like(W)
+    for step, (x, tokens) in enumerate(batches, 1):
+        g, t = torch.zeros_like(W), tokens[:, 0]
+        g.index_add_(0, t, -2 / 512 * (x - b_dec - W[t]).double())
+        rows = t.unique()
+        m[rows], v[rows] = 0.9 * m[rows] + 0.1 * g[rows], 0.999 * v[rows] + 0.001 * g[rows].square()
+        size = 0.1 * (1 - 0.999**step) ** 0.5 / (1 - 0.9**step)
+        W[rows] -= size * m[rows] / (v[rows].sqrt() + 1e-8)
+    assert torch.allclose(trained(3, True).double(), W, atol=1e-4)
+    absent = [t for t in range(V) if t not in batches[2][1] and t in batches[1][1]]
+    assert absent and torch.equal(trained(3, True)[absent], trained(2, True)[absent])
+    assert not torch.equal(trained(3, False)[absent], trained(2, False)[absent]), "Adam's momentum goes on"
+
+
+def test_batchtopks_threshold_does_not_lag_in_a_short_run():
+    """After 120 steps as many features pass the threshold as were trained for."""
+    stream = PlantedStream(True)
+    sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=2 * FEATURES, k=ACTIVE, activation="batchtopk"))
+    tu.train({"a": sae}, stream, tu.TrainConfig(tokens=120 * 512, lr=1e-2), progress=False)
+    l0 = sae(*stream.batch()).l0.float().mean().item()
+    assert abs(l0 - ACTIVE) < 0.03 * ACTIVE, l0
 
 
 @pytest.mark.parametrize(("trainable", "moves"), [(True, True), (False, False)])
