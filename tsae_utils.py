@@ -542,18 +542,18 @@ class _Sparse(torch.autograd.Function):
         values, feature, row = _top_of_batch(torch.cat(list(pre)), k) if of_batch else _top_of_tokens(pre, k)
         values = values.to(x.dtype).relu_()  # SAELens: top k, then ReLU; the authors' code keeps negative ones
         bags = torch.searchsorted(row, torch.arange(len(x), device=x.device))
-        x_hat = F.embedding_bag(feature, W_dec, bags, mode="sum", per_sample_weights=values) + b_dec
-        ctx.save_for_backward(x_c, W_enc, W_dec, values, feature, row, bags)
+        with torch.enable_grad():  # the sum keeps embedding_bag's own gradient for its weights: g . W_dec[feature]
+            ctx.values = values.requires_grad_()
+            ctx.sum = F.embedding_bag(feature, W_dec.detach(), bags, mode="sum", per_sample_weights=ctx.values)
+        values, x_hat = values.detach(), ctx.sum.detach() + b_dec
+        ctx.save_for_backward(x_c, W_enc, values, feature, row, bags)
         ctx.mark_non_differentiable(values, feature, row)
         return x_hat, values, feature, row
 
     @staticmethod
     def backward(ctx, g, *_):
-        x_c, W_enc, W_dec, values, feature, row, bags = ctx.saved_tensors
-        with torch.enable_grad():  # embedding_bag's own gradient for the weights of its sum: g . W_dec[feature]
-            v = values.detach().requires_grad_()
-            out = F.embedding_bag(feature, W_dec.detach(), bags, mode="sum", per_sample_weights=v)
-        d_values = torch.autograd.grad(out, v, g)[0] * (values > 0)
+        x_c, W_enc, values, feature, row, bags = ctx.saved_tensors
+        d_values = torch.autograd.grad(ctx.sum, ctx.values, g)[0] * (values > 0)
         by_feature, order = feature.sort(stable=True)
         starts = torch.searchsorted(by_feature, torch.arange(len(W_enc), device=g.device))
         rows = row[order]

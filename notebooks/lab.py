@@ -101,7 +101,7 @@ PROFILES = {
                      budgets=(2_048, 4_096), curve_tokens=512, curve_points=3, ablation_tokens=1_024, expansions=(1, 2),
                      feature_tokens=2_048, features=16),
 }
-CACHE_VERSION = 3  # raise when a change of code changes what training makes
+CACHE_VERSION = {"batchtopk": 4}  # 3 for the others; raise when a change of code changes what training makes
 
 # Where a notebook has no search of its own: what figure 6's search chose (fig6_pareto_lr.csv)
 LEARNING_RATES = {"topk": 8e-3, "topk+lookup": 4e-3}
@@ -342,8 +342,8 @@ class Lab:
         """
         def folder(arm: Arm) -> Path:
             own = {f.name: getattr(arm, f.name) for f in fields(Arm) if getattr(arm, f.name) != f.default}  # a new field changes no key
-            key = [CACHE_VERSION, own, layer, seed, tokens, self.p.batch_size, self.p.buffer_tokens, self.lm.fingerprint,
-                   self.lm.bf16, rows]
+            key = [CACHE_VERSION.get(arm.activation, 3), own, layer, seed, tokens, self.p.batch_size, self.p.buffer_tokens,
+                   self.lm.fingerprint, self.lm.bf16, rows]
             return self.cache / "saes" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 
         rows = hashlib.sha256(self.train_rows.numpy().tobytes()).hexdigest()

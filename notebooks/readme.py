@@ -26,7 +26,7 @@ def headline() -> str:
     below = all((mean["topk+lookup"] < mean[c]).all() for c in controls)
     ours, theirs = mean["topk+lookup"][8], mean["topk"][8]
     claims = pd.read_csv(RECORD / "fig6_pareto_claims.csv").set_index("id").ours
-    others = ("ReLU", "Gated")  # BatchTopK's ratio is of lagging thresholds: its notebook says so
+    others = ("BatchTopK", "ReLU", "Gated")
     needs = claims.str.extract(r"L0 x ([\d.]+)")[0]
     return "\n".join([
         f"**Headline** (testbed, layer {df.layer[0]}, {df.seed.nunique()} seeds): at k = 8 a TSAE adds",
