@@ -219,11 +219,13 @@ def growth(data: Path, d_sae: int, k: int, batch: int, steps: int, shrink: int =
 
 
 def profile(data: Path, d_sae: int, k: int, batch: int) -> pd.DataFrame:
-    """Where the time of one step and of one harvest goes."""
-    parts = []
-    for work, arguments in (("train_step", [data, "--d-sae", d_sae, "--k", k, "--batch", batch]), ("harvest", [])):
-        ms = run(sys.executable, "worker.py", "profile", "ours", *arguments, "--steps", 8)["ms"]
-        parts += [{"work": work, "operation": op, "ms_per_step": t, "share": t / sum(ms.values())} for op, t in ms.items()]
+    """Where the time of one step and of one harvest goes, the plain way and ours."""
+    here, shape, parts = sys.executable, [data, "--d-sae", d_sae, "--k", k, "--batch", batch], []
+    for work, system, python, arguments in (("train_step", "dense", here, [*shape, "--autocast"]), ("train_step", "ours", here, shape),
+                                            ("harvest", "transformerlens", PEERS, []), ("harvest", "ours", here, [])):
+        ms = run(python, "worker.py", "profile", system, *arguments, "--steps", 12)["ms"]
+        whole = sum(ms.values())
+        parts += [{"work": work, "system": system, "operation": op, "ms_per_step": t, "share": t / whole} for op, t in ms.items()]
     return pd.DataFrame(parts)
 
 
