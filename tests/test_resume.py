@@ -322,7 +322,7 @@ def test_two_processes_go_on_from_two_places(text_folder, gpt2_folder):
     documents = (text_folder / "text.jsonl").read_text().splitlines()
     short = [json.dumps({"text": json.loads(d)["text"][:30]}) for d in documents]  # the second's: more ends, fewer activations a row
     (text_folder / "text.jsonl").write_text("".join(f"{a}\n{b}\n" for a, b in zip(documents, short, strict=True)))
-    run = command(text_folder, gpt2_folder, "--checkpoint-every", "700", "--heldout-rows", "2")
+    run = command(text_folder, gpt2_folder, "--checkpoint-every", "700", "--heldout-rows", "2", "--lookup-by-rows")
     torchrun(*run, "--out", str(text_folder / "whole"))
     (text_folder / "stopped.py").write_text(STOPPED)
     torchrun(str(text_folder / "stopped.py"), *run, "--out", str(text_folder / "stopped"), fails=True)
