@@ -36,19 +36,28 @@ class Seen:
     acts: Tensor | None = None  # [R, L, F], after the edit; zero where the stream was left alone
 
 
+def _check(acts_BF: Tensor, *features: int) -> None:
+    for feature in features:
+        if not 0 <= feature < acts_BF.shape[-1]:
+            raise ValueError(f"there is no feature {feature}: the SAE has {acts_BF.shape[-1]}, from 0 on")
+
+
 def ablate(*features: int) -> Edit:
-    """An edit that switches features off."""
+    """An edit that switches features off, [B, F] to [B, F]. Its call raises ValueError for a feature that is not there."""
 
     def edit(acts_BF: Tensor) -> Tensor:
+        _check(acts_BF, *features)
         return acts_BF.index_fill(-1, torch.tensor(features, device=acts_BF.device), 0.0)
 
     return edit
 
 
 def steer(feature: int, by: float) -> Edit:
-    """An edit that adds `by` to a feature's activation at every token."""
+    """An edit that adds `by` to a feature's activation at every token, [B, F] to [B, F]. Its call raises ValueError for a
+    feature that is not there."""
 
     def edit(acts_BF: Tensor) -> Tensor:
+        _check(acts_BF, feature)
         return acts_BF + by * nn.functional.one_hot(torch.tensor(feature, device=acts_BF.device), acts_BF.shape[-1])
 
     return edit
@@ -60,10 +69,12 @@ def attach(model: Any, sae: tu.TSAE, edit: Edit | None = None, error_term: bool 
 
     The table gets its tokens from the model's own embedding, so strings, ids and generation all work. `edit` changes the
     features before they are decoded; with `error_term` what the SAE misses is put back, so that the edit is all that
-    changes. BOS and EOS positions are left alone: SAEs are trained without them. The stream is centred over d_model for
-    models with LayerNorm, as in training; its mean, which no LayerNorm sees, is put back. Gradients flow through.
+    changes. As in training, the first position of a text and the tokenizer's BOS and EOS (token 0 where it has neither) are
+    left alone, and the stream is centred over d_model for models with LayerNorm; its mean, which no LayerNorm sees, is
+    put back. Gradients flow through.
 
-    Raises ValueError where the model has no such hook point, or another width or vocabulary.
+    Raises ValueError where the model has no such hook point, or another width or vocabulary, and where a pass of the
+    model does not embed tokens (inputs_embeds), as the table needs them.
     """
     hook_name = hook_name or sae.cfg.hook_name
     if hook_name not in model.hook_dict:
@@ -72,18 +83,22 @@ def attach(model: Any, sae: tu.TSAE, edit: Edit | None = None, error_term: bool 
         raise ValueError(f"the model's d_model is {model.cfg.d_model}, the SAE's d_in {sae.cfg.d_in}: it belongs to another model")
     if sae.lookup is not None:
         sae.lookup.check_vocabulary(model.cfg.d_vocab)
-    centred, seen = str(model.cfg.normalization_type).startswith("LN"), Seen()
-    tokenizer = model.tokenizer
-    special = [] if tokenizer is None else [i for i in {tokenizer.bos_token_id, tokenizer.eos_token_id} if i is not None]
+    centred, seen, embedded = str(model.cfg.normalization_type).startswith("LN"), Seen(), []
+    special = [i for i in (getattr(model.tokenizer, "bos_token_id", None), getattr(model.tokenizer, "eos_token_id", None)) if i is not None]
 
     def read_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen.tokens = args[0] if args else next(iter(kwargs.values()))
+        embedded.append(args[0] if args else next(iter(kwargs.values())))
 
     def replace(raw_RLD: Tensor, hook: Any) -> Tensor:
+        if not embedded:
+            raise ValueError("the model was run without embedding tokens: an attached SAE needs their ids")
         x = raw_RLD.float()
+        seen.tokens = embedded.pop().expand(x.shape[:2])
         mean = x.mean(-1, keepdim=True) if centred else torch.zeros_like(x[..., :1])
-        keep = ~torch.isin(seen.tokens, torch.tensor(special, device=x.device, dtype=seen.tokens.dtype)).expand(x.shape[:2])
-        x_BD, tokens_BN = (x - mean)[keep], seen.tokens.expand(x.shape[:2])[keep].unsqueeze(-1)
+        keep = ~torch.isin(seen.tokens, torch.tensor(special or [0], device=x.device, dtype=seen.tokens.dtype))
+        if x.shape[1] > 1:  # a single position is a later one of a text that is being generated
+            keep[:, 0] = False
+        x_BD, tokens_BN = (x - mean)[keep], seen.tokens[keep].unsqueeze(-1)
         before = sae.encode(x_BD)
         acts = before if edit is None else edit(before)
         x_hat = sae.decode(acts, tokens_BN) + (x_BD - sae.decode(before, tokens_BN) if error_term else 0.0)
@@ -107,11 +122,15 @@ def check_fit(sae: tu.TSAE, lm: tu.LanguageModel, rows_RL: Tensor, max_fvu: floa
     layer = tu.parse_hook(sae.cfg.hook_name, lm.n_layers)
     if sae.cfg.d_in != lm.d_model:
         raise ValueError(f"the SAE's d_in is {sae.cfg.d_in}, the model's width {lm.d_model}: it belongs to another model")
-    rows_RL = rows_RL.long()
-    keep = tu.keep_mask(rows_RL, lm)
-    x, tokens = lm.activations(rows_RL, [layer], bf16=False)[layer][keep.to(lm.device)], rows_RL[keep].unsqueeze(-1).to(lm.device)
-    with torch.no_grad():
-        fvu = tu.reconstruction_error(x, sae(x, tokens).x_hat).fvu
+    if sae.lookup is not None:
+        sae.lookup.check_vocabulary(lm.n_vocab)
+    x, x_hat = [], []
+    for ids in rows_RL.long().split(8):
+        keep = tu.keep_mask(ids, lm)
+        x.append(lm.activations(ids, [layer], bf16=False)[layer][keep.to(lm.device)])
+        with torch.no_grad():
+            x_hat.append(sae(x[-1], ids[keep].unsqueeze(-1).to(lm.device)).x_hat)
+    fvu = tu.reconstruction_error(torch.cat(x), torch.cat(x_hat)).fvu
     if not fvu <= max_fvu:
         raise ValueError(f"FVU {fvu:.2f} at {sae.cfg.hook_name} of {lm.name} is above {max_fvu}: the SAE was trained on another model, "
                          "layer or form of the residual stream")
@@ -139,7 +158,7 @@ def from_pretrained(name_or_folder: str | Path, subfolder: str = "", revision: s
     return tu.load(folder / subfolder)
 
 
-def model_card(sae: tu.TSAE, folder: str | Path = "") -> str:
+def model_card(sae: tu.TSAE, folder: str | Path = "", license: str = "") -> str:
     """README of a hub repository: what the SAE is and how to load it; `folder`, a saved one, adds its held-out numbers."""
     c, table = sae.cfg, "with" if sae.lookup is not None else "without"
     facts = {"model": c.model_name, "hook point": c.hook_name, "context": c.context_size, "d_in": c.d_in, "d_sae": c.d_sae,
@@ -150,7 +169,7 @@ def model_card(sae: tu.TSAE, folder: str | Path = "") -> str:
         facts |= {f"held-out {k}": f"{v:.4g}" for k, v in heldout.items()}
     rows = "".join(f"| {k} | {v} |\n" for k, v in facts.items() if v != "")
     return (
-        "---\nlicense: mit\nlibrary_name: sae_lens\ntags: [sparse-autoencoder, interpretability]\n---\n"
+        f"---\n{license and f'license: {license}'}\nlibrary_name: sae_lens\ntags: [sparse-autoencoder, interpretability]\n---\n"
         f"# {'Tokenized sparse' if table == 'with' else 'Sparse'} autoencoder\n\n"
         f"Trained {table} a per-token lookup table ([Dooms and Wilhelm, 2025](https://arxiv.org/abs/2502.17332)).\n\n"
         f"| | |\n|---|---|\n{rows}\n"
@@ -159,13 +178,17 @@ def model_card(sae: tu.TSAE, folder: str | Path = "") -> str:
            if table == "with" else "SAELens loads the folder too.\n"))
 
 
-def push_to_hub(sae: tu.TSAE, repo_id: str, private: bool = True, metadata: dict | None = None, revision: str | None = None) -> str:
-    """Upload an SAE and its model card; returns the address. Your own token must be set (`hf auth login`)."""
+def push_to_hub(sae: tu.TSAE, repo_id: str, private: bool = True, metadata: dict | None = None, revision: str | None = None,
+                license: str = "") -> str:
+    """Upload an SAE and its model card; returns the address. Your own token must be set (`hf auth login`).
+
+    `metadata` must be JSON; its "heldout" shows on the card. Raises huggingface_hub's errors (OSError) where the hub refuses.
+    """
     from huggingface_hub import HfApi
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = tu.save(sae, Path(temporary) / "sae", json.loads(json.dumps(metadata or {})))
-        (folder / "README.md").write_text(model_card(sae, folder))
+        (folder / "README.md").write_text(model_card(sae, folder, license))
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Add SAE"))

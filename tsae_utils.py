@@ -151,7 +151,7 @@ class LanguageModel:
         self.n_layers = model.config.num_hidden_layers
         lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == self.n_layers]
         self.blocks = max(lists, key=lambda m: sum(p.numel() for p in m.parameters()))
-        self.centred = any(isinstance(m, nn.LayerNorm) for m in self.blocks.modules())
+        self.centred = any(type(m).__name__.endswith("LayerNorm") for m in self.blocks.modules())  # some models have one of their own
         self.bos_id, self.bos_note = self._bos()
         eos = tokenizer.eos_token_id
         self.separator_id = self.bos_id if eos is None or eos >= self.n_vocab else eos
@@ -553,7 +553,7 @@ class _Sparse(torch.autograd.Function):
     @staticmethod
     def backward(ctx, g, *_):
         x_c, W_enc, values, feature, row, bags = ctx.saved_tensors
-        d_values = torch.autograd.grad(ctx.sum, ctx.values, g)[0] * (values > 0)
+        d_values = torch.autograd.grad(ctx.sum, ctx.values, g, retain_graph=True)[0] * (values > 0)
         by_feature, order = feature.sort(stable=True)
         starts = torch.searchsorted(by_feature, torch.arange(len(W_enc), device=g.device))
         rows = row[order]
@@ -770,6 +770,8 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
             raise ValueError(f"{name!r}: aux_k is for topk and batchtopk, not {sae.cfg.activation}")
         if sae.lookup is not None and hasattr(stream, "lm"):
             sae.lookup.check_vocabulary(stream.lm.n_vocab)
+        if any(sae.lookup is other.lookup is not None and cfgs[name].lookup_by_rows != cfgs[n].lookup_by_rows for n, other in saes.items()):
+            raise ValueError(f"{name!r} shares its table with another SAE: give both the same lookup_by_rows")
     batch = stream.batch_size * runs.processes()
     steps = max(1, next(iter(cfgs.values())).tokens // batch)
     opts = {name: optimisers_for(sae, cfgs[name]) for name, sae in saes.items()}
@@ -816,6 +818,8 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
         bar.close()
         for sae in saes.values():
             sae.eval()
+            if sae.lookup is not None:
+                sae.lookup.by_rows = False
     return history
 
 
@@ -1025,7 +1029,8 @@ def _modern(cfg: dict) -> dict:
         raise ValueError(f"activation {act!r} of an old SAELens file is not supported: expected relu or topk")
     new = {"architecture": "standard", "apply_b_dec_to_input": True, **cfg, "metadata": meta}
     if act == "topk":
-        new |= {"architecture": "topk", "k": (cfg.get("activation_fn_kwargs") or {}).get("k", 0)}
+        kwargs = cfg.get("activation_fn_kwargs")
+        new |= {"architecture": "topk", "k": kwargs.get("k") if isinstance(kwargs, dict) else None}
     if isinstance(new.get("normalize_activations"), bool):
         new["normalize_activations"] = "expected_average_only_in" if new["normalize_activations"] else "none"
     return new
@@ -1085,10 +1090,13 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> TSAE:
     tokenized = meta["tokenized"] if isinstance(meta.get("tokenized"), dict) else {}
     saved = tokenized["config"] if isinstance(tokenized.get("config"), dict) else {}
     kinds = {"model_name": str, "hook_name": str, "context_size": int, "l1_coefficient": float, "encoder_scale": float, "seed": int}
-    own = {name: value for name, value in {**meta, **saved}.items() if name in kinds and type(value) is kinds[name]}
+    own = {name: kinds[name](value) for name, value in {**meta, **saved}.items()
+           if name in kinds and type(value) in (kinds[name], int) and (kinds[name] is not str or type(value) is str)}
     activation, k = known[raw["architecture"]], raw.get("k", 0)
     if activation == "jumprelu" and saved.get("activation") == "batchtopk":
         activation, k = "batchtopk", saved.get("k")
+        if type(k) is not int:
+            raise ValueError(f"{folder}/cfg.json: k = {k!r} of a batchtopk SAE should be a whole number")
     cfg = TSAEConfig(d_in=raw["d_in"], d_sae=raw["d_sae"], activation=activation, k=k, **own)
     sizes = {"W_enc": (cfg.d_in, cfg.d_sae), "W_dec": (cfg.d_sae, cfg.d_in), "b_dec": (cfg.d_in,)}
     shapes = {name: sizes.get(name, (cfg.d_sae,)) for name in _weights(raw["architecture"])}

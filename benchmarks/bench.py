@@ -6,8 +6,9 @@
 
 Rule, written before the first run: every system trains a TopK SAE on the same planted activations for the same number of
 steps at the learning rate that is best for it on the common grid (held-out NMSE); then speeds are taken in rounds, one process
-after another, and the median over rounds counts. `ratio_to_ours` is tokens/s over ours in the same run. A second, wider shape
-takes every system's rate from the first. The sweep's rates are searched the same way at a fifth of its tokens.
+after another, and the median over rounds counts. `ratio_to_ours` is tokens/s over ours in the same run, at equal steps: read it
+with the NMSE beside it, or loss against wall time in the figure. A second, wider shape takes every system's rate from the first,
+and fp32 arms of peers that of their autocast twins. The sweep's rates are searched the same way at a fifth of its tokens.
 """
 
 from __future__ import annotations
@@ -30,21 +31,21 @@ from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS = str(ROOT / ".venv-peers" / "bin" / "python")
-LRS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)
+LRS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
 SYSTEMS = {  # name: (worker, autocast, environment)
     "ours": ("ours", False, sys.executable),
     "sparsify": ("sparsify", False, PEERS),
     "sparsify, autocast": ("sparsify", True, PEERS),
-    "saelens": ("saelens", False, PEERS),
+    "saelens, sparse activations": ("saelens", False, PEERS),
     "saelens, autocast": ("saelens", True, PEERS),
     "dense pytorch, autocast": ("dense", True, sys.executable),
     "encoder product alone, bf16": ("encoder-product", False, sys.executable),
     "ours+table": ("ours+table", False, sys.executable),
     "ours+table by rows": ("ours+table by rows", False, sys.executable),
 }
-TWIN = {"sparsify": "sparsify, autocast", "saelens": "saelens, autocast"}  # fp32 takes its twin's rate: it is slow
+TWIN = {"sparsify": "sparsify, autocast", "saelens, sparse activations": "saelens, autocast"}  # fp32 takes its twin's rate: it is slow
 PRODUCT = "encoder product alone, bf16"
-HARVEST = {"ours": sys.executable, "raw": sys.executable, "transformerlens": PEERS}
+HARVEST = {"ours": sys.executable, "raw": sys.executable, "transformerlens": PEERS, "transformerlens-stopped": PEERS}
 SWEEP = {"ours": ("ours", False, sys.executable), "saelens": ("saelens", False, PEERS), "saelens, autocast": ("saelens", True, PEERS),
          "sparsify": ("sparsify", False, PEERS), "sparsify, autocast": ("sparsify", True, PEERS)}
 COLUMNS = ["work", "system", "d_in", "d_sae", "k", "batch", "tokens_per_s", "step_ms", "peak_gib", "nmse", "ratio_to_ours",
@@ -62,7 +63,7 @@ COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#00
 def planted(path: Path, d_in: int, tokens: int, features: int = 8192, active: int = 24, vocab: int = 50257, seed: int = 0) -> Path:
     """Activations x = mean + vector of the token + sum of sparse features + a little noise, in fp16, made once.
 
-    Features and tokens have power-law frequencies; a token's vector holds about a fifth of the squared norm.
+    Features and tokens have power-law frequencies; token vectors hold about a fifth of the variance.
     """
     if not path.exists():
         g = torch.Generator().manual_seed(seed)
@@ -91,9 +92,10 @@ def testbed_rows(path: Path, tokens: int) -> Path:
         sys.path.insert(0, str(ROOT / "notebooks"))
         import lab
 
-        bench = lab.Lab("bench", "record")
+        bench, g = lab.Lab("bench", "record"), torch.Generator().manual_seed(0)
+        rows = bench.rows("sae", tokens)
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"train": bench.rows("sae", tokens), "heldout": bench.rows("heldout", 8192)}, path)
+        save_file({"train": rows[torch.randperm(len(rows), generator=g)], "heldout": bench.rows("heldout", 8192)}, path)
     return path
 
 
@@ -165,17 +167,19 @@ def train_step(data: Path, d_sae: int, k: int, batch: int, steps: int, rounds: i
 
 def sweep(rows: Path, tokens: int, d_sae: int) -> pd.DataFrame:
     """Five k, two SAEs each, end to end: wall time and error of each system at its best rate."""
+    def plain(nmse: dict[str, float]) -> float:
+        """Mean error of the SAEs without a table, which the peers do not have."""
+        return pd.Series({n: e for n, e in nmse.items() if not n.startswith("tsae")}).mean()
+
     table = []
     for system in tqdm(SWEEP, desc="sweep"):
         name, half, python = SWEEP[system]
         arguments = [name, rows, "--d-sae", d_sae, *["--autocast"] * half]
-        found = {lr: run(python, "sweep.py", *arguments, "--tokens", tokens // 5, "--lr", lr)["nmse"] for lr in LRS}
-        lr = min(found, key=lambda rate: pd.Series(found[rate]).mean())
+        found = {lr: plain(run(python, "sweep.py", *arguments, "--tokens", tokens // 5, "--lr", lr)["nmse"]) for lr in LRS}
+        lr = min(found, key=found.get)
         done = run(python, "sweep.py", *arguments, "--tokens", tokens, "--lr", lr)
-        nmse = pd.Series(done["nmse"])
-        plain = nmse[[n for n in nmse.index if not n.startswith("tsae")]]  # the peers have no table
         table.append({"work": "sweep", "system": system, "d_in": 256, "d_sae": d_sae, "batch": 4096, "peak_gib": done["peak_gib"],
-                      "nmse": plain.mean(), "lr": lr, "rounds": 1, "tokens_per_s": tokens / done["seconds"],
+                      "nmse": plain(done["nmse"]), "lr": lr, "rounds": 1, "tokens_per_s": tokens / done["seconds"],
                       "step_ms": 1000 * done["seconds"] / (tokens / 4096)})
     return against_ours(table)
 
@@ -211,7 +215,8 @@ def growth(data: Path, d_sae: int, k: int, batch: int, steps: int, shrink: int =
     """ms a step and peak memory against width, k, vocabulary and number of SAEs, the rest held."""
     rows, held = [], ["--d-sae", d_sae, "--k", k, "--batch", batch, "--steps", steps]
     for what, (values, arguments, systems) in GROWTH.items():
-        for value in tqdm([v // shrink for v in values] if what in ("d_sae", "vocabulary") else values, desc=f"growth with {what}"):
+        values = [v // shrink for v in values] if what in ("d_sae", "vocabulary") else [v for v in values if what != "k" or v <= d_sae]
+        for value in tqdm(values, desc=f"growth with {what}"):
             for system in systems:
                 done = run(sys.executable, "worker.py", "train_step", system, data, *held, *arguments(value))
                 rows.append({"grows": what, "value": value, "system": system, "step_ms": done["step_ms"], "peak_gib": done["peak_gib"]})
@@ -250,7 +255,7 @@ def draw_growth(table: pd.DataFrame, path: Path) -> None:
         if part.system.nunique() > 1:
             ax.legend(fontsize=8)
     axes[0].set_ylabel("ms a step")
-    fig.suptitle("What a step costs: with the width of the dictionary, hardly with k, with the vocabulary unless by rows, with every SAE")
+    fig.suptitle("What a step costs, against what grows (the rest held)")
     fig.savefig(path)
 
 
@@ -272,6 +277,8 @@ def main() -> None:
     if args.quick:
         shapes, args.batch, args.search_steps, args.rounds, args.sweep_tokens = [(64, 512, 8)], 256, 16, 2, 20_480
     d_in, d_sae, k = shapes[0]
+    if {shape[0] for shape in shapes} != {d_in}:
+        raise SystemExit(f"shapes of one run share d_in: {sorted({shape[0] for shape in shapes})} need a run each")
     cache = ROOT / ".cache" / "bench"
     data = planted(cache / f"planted-{d_in}-{args.search_steps * args.batch}.safetensors", d_in, args.search_steps * args.batch)
     out = ROOT / "benchmarks" / "results" / f"{date.today()}-{hardware()}{'-quick' * args.quick}"
@@ -293,12 +300,10 @@ def main() -> None:
         lrs, curves = search(data, d_sae, k, args.batch, args.search_steps)
         curves.to_csv(f"{out}-loss.csv", index=False, float_format="%.5g")
         draw_loss(curves, Path(f"{out}-loss.png"))
-        for d, width, at in shapes:
-            if d != d_in:
-                raise SystemExit(f"shapes of one run share d_in: {d} and {d_in} need two")
+        for _, width, at in shapes:
             keep(train_step(data, width, at, args.batch, args.search_steps, args.rounds, lrs, curves))
     if "sweep" in wanted:
-        rows = testbed_rows(cache / f"rows-{args.sweep_tokens}.safetensors", 2 * args.sweep_tokens)
+        rows = testbed_rows(cache / f"rows-{args.sweep_tokens}.safetensors", 1.2 * args.sweep_tokens)
         keep(sweep(rows, args.sweep_tokens, 512 if args.quick else 4096))
     if "growth" in wanted:
         table = growth(data, 8192 // (64 if args.quick else 1), k, args.batch, 6, 64 if args.quick else 1)

@@ -3,8 +3,9 @@
     python benchmarks/worker.py train_step ours data.safetensors --d-sae 12288 --k 32 --lr 4e-3 --steps 12
     python benchmarks/worker.py harvest ours --steps 6
 
-train_step: every system trains a TopK SAE on the same batches in the same order, with the optimiser its library trains with,
-and is measured on the same held-out activations by the same formula. harvest: the residual stream entering block 8 of a model of
+train_step: every system trains a TopK SAE on the same batches in the same order, with Adam and otherwise as its library trains,
+and is measured on the same held-out activations by the same formula. glibc keeps freed memory for every system, as it does in
+our training; memory is counted from where libraries and data are loaded. harvest: the residual stream entering block 8 of a model of
 GPT-2 small's shape with random weights, for rows of random tokens; no batch is the same as another.
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import importlib
 import json
 import math
 import resource
@@ -46,7 +48,6 @@ def autocast(on: bool, device: str) -> contextlib.AbstractContextManager:
 
 def ours(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reconstruct]:
     """tsae_utils.train itself on a stream of ready batches; the table, where there is one, starts at zero."""
-    tu.keep_freed_memory()
     saes = {}
     for i in range(a.saes):
         table = None if TABLE[a.system] is None else tu.TokenLookup(torch.zeros(a.vocab, x.shape[1]))
@@ -114,13 +115,14 @@ def sparsify(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Rec
 
 
 def saelens(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reconstruct]:
-    """SAELens's SAETrainer.step on a TopKTrainingSAE."""
+    """SAELens's SAETrainer.step on a TopKTrainingSAE; in fp32 with its sparse activations, which it recommends there."""
     from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(0)
-    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k, device=str(x.device), dtype="float32"))
+    sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k, device=str(x.device), dtype="float32",
+                                                 use_sparse_activations=not a.autocast))
     sae.b_dec.data = x[: a.batch].mean(0)
     cfg = SAETrainerConfig(
         n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=a.steps * a.batch, device=str(x.device),
@@ -169,6 +171,8 @@ def train_step(a: argparse.Namespace, device: str, measure: bool = True) -> dict
         raise ValueError(f"{a.data} holds {len(data['train'])} activations: {a.steps} steps of {a.batch} need more")
     x, heldout = data["train"][:n].float().to(device), data["heldout"].float().to(device)
     tokens, heldout_tokens = (data[f"{part}_tokens"].long().to(device).remainder(a.vocab)[:, None] for part in ("train", "heldout"))
+    if a.system in IMPORTS:
+        importlib.import_module(IMPORTS[a.system])
     start, times, curve = resident(), [], []
     run, reconstruct = SYSTEMS[a.system](x, tokens[:n], a)
 
@@ -201,6 +205,7 @@ def late(times: list[float]) -> float:
     return 1000 * rest[len(rest) // 2]
 
 
+IMPORTS = {"sparsify": "sparsify", "saelens": "sae_lens"}
 SYSTEMS = {**dict.fromkeys(TABLE, ours), "dense": dense, "sparsify": sparsify, "saelens": saelens, "encoder-product": product}
 LAYER, CONTEXT, ROWS = 8, 256, 16
 
@@ -216,7 +221,6 @@ def harvest_ours(device: str) -> Forward:
     """LanguageModel.activations: the whole model, ended by a hook."""
     from transformers import AutoTokenizer
 
-    tu.keep_freed_memory()
     tokenizer = AutoTokenizer.from_pretrained(Path(__file__).resolve().parent.parent / "testbed" / "model")
     lm = tu.LanguageModel(gpt2_shape().to(device), tokenizer, "gpt2-shape")
     return lambda ids: lm.activations(ids, [LAYER])[LAYER]
@@ -235,17 +239,32 @@ def harvest_raw(device: str) -> Forward:
     return forward
 
 
-def harvest_transformerlens(device: str) -> Forward:
-    """TransformerLens's cached forward, ended one past the hook; fp32, as it is used."""
+def hooked_transformer(device: str) -> torch.nn.Module:
     from transformer_lens import HookedTransformer, HookedTransformerConfig
 
     cfg = HookedTransformerConfig(n_layers=12, d_model=768, n_ctx=1024, d_head=64, n_heads=12, d_mlp=3072, d_vocab=50257, act_fn="gelu_new",
                                   normalization_type="LN", device=device, seed=0)
-    model, name = HookedTransformer(cfg), f"blocks.{LAYER}.hook_resid_pre"
+    return HookedTransformer(cfg)
+
+
+def harvest_cached(device: str) -> Forward:
+    """TransformerLens's cached forward, ended one past the hook; fp32, as it is used."""
+    model, name = hooked_transformer(device), f"blocks.{LAYER}.hook_resid_pre"
     return lambda ids: model.run_with_cache(ids, names_filter=name, stop_at_layer=LAYER + 1, return_cache_object=False)[1][name]
 
 
-HARVEST = {"ours": harvest_ours, "raw": harvest_raw, "transformerlens": harvest_transformerlens}
+def harvest_stopped(device: str) -> Forward:
+    """TransformerLens's forward that ends before the block and returns its input, under autocast: its fastest way."""
+    model = hooked_transformer(device)
+
+    def forward(ids: Tensor) -> Tensor:
+        with autocast(True, torch.device(device).type):
+            return model(ids, stop_at_layer=LAYER)
+
+    return forward
+
+
+HARVEST = {"ours": harvest_ours, "raw": harvest_raw, "transformerlens": harvest_cached, "transformerlens-stopped": harvest_stopped}
 
 
 def harvest(a: argparse.Namespace, device: str) -> dict:
@@ -296,6 +315,7 @@ def main() -> None:
     a = parser.parse_args()
     if a.threads:
         torch.set_num_threads(a.threads)
+    tu.keep_freed_memory()
     found = {"train_step": train_step, "harvest": harvest, "profile": profile}[a.work](a, "cuda" if torch.cuda.is_available() else "cpu")
     print(json.dumps({**found, "torch": torch.__version__}))
 

@@ -72,17 +72,18 @@ def times() -> str:
 
 def speed() -> str:
     """The newest side-by-side run of `make bench` on every kind of hardware."""
-    newest = {}
+    newest = {}  # (hardware, kind of work): rows
     for path in sorted((ROOT / "benchmarks" / "results").glob("20*.csv")):
         if "ratio_to_ours" in path.read_text().splitlines()[0] and "-quick" not in path.stem:
-            newest[path.stem[11:]] = path
+            for work, part in pd.read_csv(path).groupby("work", sort=False):
+                newest[path.stem[11:], work] = (path, part)
     lines = ["| work | system | d_sae | tokens/s | of ours | peak GiB | held-out NMSE |", "|---|---|---|---|---|---|---|"]
-    for path in newest.values():
-        for r in pd.read_csv(path).itertuples():
+    for _, part in newest.values():
+        for r in part.itertuples():
             d_sae, nmse = "" if pd.isna(r.d_sae) else f"{r.d_sae:,.0f}", "" if pd.isna(r.nmse) else f"{r.nmse:.4f}"
             lines.append(f"| {r.work} | {r.system} | {d_sae} | {r.tokens_per_s:,.0f} | {r.ratio_to_ours:.2f} | {r.peak_gib:.2f} | {nmse} |")
-    runs = "; ".join(f"[{path.name}](benchmarks/results/{path.name})" for path in newest.values())
-    return f"One run each: {runs}.\n\n" + "\n".join(lines)
+    runs = "; ".join(f"[{name}](benchmarks/results/{name})" for name in sorted({path.name for path, _ in newest.values()}))
+    return f"{runs}\n\n" + "\n".join(lines) if newest else "No run is committed yet."
 
 
 BLOCKS = {"headline": headline, "status": status, "gallery": gallery, "scorecard": verdicts, "times": times, "speed": speed}

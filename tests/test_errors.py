@@ -190,11 +190,11 @@ def saved(tmp_path):
 @pytest.mark.parametrize("activation", tu.ACTIVATIONS)
 @pytest.mark.parametrize("vocab", [None, 7])
 def test_round_trip(tmp_path, activation, vocab):
-    sae = random_sae(vocab=vocab, activation=activation, hook_name=HOOK, model_name="m", context_size=16, l1_coefficient=0.5)
+    sae = random_sae(vocab=vocab, activation=activation, hook_name=HOOK, model_name="m", context_size=16, l1_coefficient=2)
     again = tu.load(tu.save(sae, tmp_path / "s"))
     x, tokens = torch.randn(9, 6), torch.randint(7, (9, 1))
     assert torch.equal(again(x, tokens).x_hat, sae.eval()(x, tokens).x_hat)
-    assert (again.cfg.hook_name, again.cfg.l1_coefficient, again.cfg.model_name) == (HOOK, 0.5, "m")
+    assert (again.cfg.hook_name, again.cfg.l1_coefficient, again.cfg.model_name) == (HOOK, 2, "m"), "an int, as people write it"
     assert again.cfg.activation == activation and not again.training
 
 

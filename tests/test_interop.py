@@ -97,8 +97,28 @@ def test_strings_and_generation_reach_the_table(bridge_and_lm):
     with torch.no_grad(), interop.attach(bridge, sae) as seen:
         bridge("w3 w4 w5")
         assert seen.tokens[0, -3:].tolist() == [3, 4, 5] and seen.acts[0, -1].any()
-        bridge.generate("w3 w4 w5", max_new_tokens=3, verbose=False, do_sample=False)
-    assert seen.acts[0, -1].any()
+        cached = bridge.generate("w3 w4 w5", max_new_tokens=4, verbose=False, do_sample=False, return_type="tokens")
+        assert seen.tokens.shape == (1, 1) and seen.tokens[0, -1] == cached[0, -2], "the last token fed, alone"
+        ids = cached[:, :-4]
+        for _ in range(4):  # without a cache, every row of the table again
+            ids = torch.cat([ids, bridge(ids)[:, -1:].argmax(-1)], dim=1)
+    assert torch.equal(ids, cached)
+
+
+def test_the_first_position_is_left_alone_without_a_bos_too(bridge_and_lm):
+    """SAEs never see it in training."""
+    (bridge, _), sae = bridge_and_lm, some_sae()
+    with torch.no_grad(), interop.attach(bridge, sae) as seen:
+        bridge(torch.tensor([[5, 6, 7]]))
+    assert not seen.acts[0, 0].any() and seen.acts[0, 1].any()
+    with pytest.raises(ValueError, match="without embedding tokens"), interop.attach(bridge, sae):
+        bridge.hook_dict[HOOK](torch.zeros(1, 3, 32))
+
+
+def test_features_that_are_not_there(bridge_and_lm):
+    for edit in (interop.steer(40, 1.0), interop.ablate(3, 40), interop.ablate(-1)):
+        with pytest.raises(ValueError, match="there is no feature"):
+            edit(torch.zeros(2, 40))
 
 
 def test_gradients_pass_and_an_error_detaches(bridge_and_lm):
@@ -193,7 +213,8 @@ def test_the_hub_is_a_folder_and_its_absence_a_sentence(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi", Api)
     assert interop.push_to_hub(sae, "me/mine", metadata={"heldout": {"nmse": 0.05}}).endswith("me/mine") and uploads["private"]
     card = (tmp_path / "README.md").read_text()
-    assert "| held-out nmse | 0.05 |" in card and "64 tokens" in card and "license: mit" in card
+    assert "| held-out nmse | 0.05 |" in card and "64 tokens" in card and "license" not in card
+    assert "license: mit" in interop.model_card(sae, license="mit")
     again = interop.from_pretrained(tmp_path)
     assert all(torch.equal(a, b) for a, b in zip(again.state_dict().values(), sae.state_dict().values(), strict=True))
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
@@ -201,9 +222,15 @@ def test_the_hub_is_a_folder_and_its_absence_a_sentence(tmp_path, monkeypatch):
         interop.from_pretrained("nobody/nothing")
 
 
-def test_three_hundred_damaged_folders_give_one_sentence_each(tmp_path):
-    """Truncated, bits flipped, wrong types, shapes, NaN, paths in cfg, a huge header: refused, or the SAE is sound."""
-    folder, rng = tu.save(some_sae("topk"), tmp_path / "s"), random.Random(0)
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "gated", "relu"])
+def test_a_hundred_and_fifty_damaged_folders_give_one_sentence_each(tmp_path, kind):
+    """Truncated, bits flipped, wrong types, shapes, NaN, paths in cfg, a huge header: refused, or the SAE is sound.
+
+    relu: with a cfg.json from before SAELens 6.
+    """
+    folder, rng = tu.save(some_sae(kind), tmp_path / "s"), random.Random(0)
+    if kind == "relu":
+        (folder / "cfg.json").write_bytes((res_jb(tmp_path / "old", some_sae("relu")) / "cfg.json").read_bytes())
     whole = {f.name: f.read_bytes() for f in folder.iterdir()}
     weights, cfg = load_file(folder / "sae_weights.safetensors"), json.loads(whole["cfg.json"])
     strange = [None, True, -1, 0, 1.5, 10**12, "x", "../../etc/passwd", [], {}, [1] * 50, float("nan")]
@@ -219,12 +246,13 @@ def test_three_hundred_damaged_folders_give_one_sentence_each(tmp_path):
                     data[rng.randrange(min(len(data), 400))] ^= 1 << rng.randrange(8)
                 (folder / name).write_bytes(data)
             case 2:
-                key = rng.choice([*cfg, "activation_fn_str", "hook_point", "finetuning_scaling_factor"])
-                (folder / "cfg.json").write_text(json.dumps({**cfg, key: rng.choice(strange)}))
+                key = rng.choice([*cfg, "activation_fn_str", "activation_fn_kwargs", "hook_point", "finetuning_scaling_factor"])
+                (folder / "cfg.json").write_text(json.dumps({**cfg, "activation_fn_str": "topk", key: rng.choice(strange)}))
             case 3:
-                key = rng.choice(list(cfg["metadata"]))
-                value = rng.choice(strange)
-                (folder / "cfg.json").write_text(json.dumps({**cfg, "metadata": rng.choice([value, {**cfg["metadata"], key: value}])}))
+                meta = json.loads(json.dumps(cfg.get("metadata", {})))
+                holder = rng.choice([meta, meta.get("tokenized", meta), meta.get("tokenized", {}).get("config", meta)])
+                holder[rng.choice([*holder, "k"])] = rng.choice(strange)
+                (folder / "cfg.json").write_text(json.dumps({**cfg, "metadata": rng.choice([rng.choice(strange), meta, meta])}))
             case 4:
                 key = rng.choice(list(weights))
                 t = weights[key]
@@ -235,7 +263,7 @@ def test_three_hundred_damaged_folders_give_one_sentence_each(tmp_path):
                 (folder / "sae_weights.safetensors").write_bytes(struct.pack("<Q", size) + whole["sae_weights.safetensors"][8:])
 
     refused = 0
-    for i in range(300):
+    for i in range(150):
         for name, data in whole.items():
             (folder / name).write_bytes(data)
         damage(i)
@@ -246,4 +274,4 @@ def test_three_hundred_damaged_folders_give_one_sentence_each(tmp_path):
             assert len(str(error).splitlines()) == 1 or "safetensors" in str(error), error
         else:
             assert all(torch.isfinite(t).all() for t in sae.parameters())
-    assert refused > 150
+    assert refused > 60

@@ -108,6 +108,13 @@ def test_top_k_in_groups_is_exact(batch, groups, k, levels, seed, many_groups):
     assert torch.equal(pre.gather(1, index), values) and all(len(set(row)) == k for row in index.tolist())
 
 
+def test_gradients_can_be_taken_twice():
+    sae = random_sae(6, 20, 4)
+    out = sae(torch.randn(5, 6), torch.zeros(5, 1, dtype=torch.long)).x_hat.square().sum()
+    once, again = (torch.autograd.grad(out, list(sae.parameters()), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
+
+
 def test_a_wide_sae_takes_its_top_in_groups(monkeypatch):
     """At the first width where it is used, against the naive one in fp64."""
     sae, g, widths = random_sae(4, tu.GROUPS_FROM, 8).double(), torch.Generator().manual_seed(0), []

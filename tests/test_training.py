@@ -131,6 +131,18 @@ def test_a_table_by_rows_moves_the_rows_of_the_batch_as_written():
     assert not torch.equal(trained(3, False)[absent], trained(2, False)[absent]), "Adam's momentum goes on"
 
 
+def test_a_table_by_rows_is_an_ordinary_one_afterwards_and_not_half_of_a_shared_one():
+    table = tu.TokenLookup(torch.zeros(V, D))
+    saes = {n: tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=8, k=2), table) for n in "ab"}
+    cfg = tu.TrainConfig(tokens=512 * 2, lookup_by_rows=True)
+    tu.train(saes, PlantedStream(True), cfg, progress=False)
+    x, tokens = PlantedStream(True).batch()
+    saes["a"](x, tokens).x_hat.sum().backward()
+    assert not table.W.grad.is_sparse, "anyone's optimiser takes it"
+    with pytest.raises(ValueError, match="shares its table with another SAE"):
+        tu.train(saes, PlantedStream(True), {"a": cfg, "b": tu.TrainConfig(tokens=512 * 2)}, progress=False)
+
+
 def test_batchtopks_threshold_does_not_lag_in_a_short_run():
     """After 120 steps as many features pass the threshold as were trained for."""
     stream = PlantedStream(True)
