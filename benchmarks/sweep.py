@@ -91,7 +91,8 @@ def sparsify(rows: Tensor, a: argparse.Namespace, lm: tu.LanguageModel) -> Fit:
         for k in KS:
             with tempfile.TemporaryDirectory() as folder:
                 cfg = TrainConfig(SparseCoderConfig(num_latents=a.d_sae, k=k), batch_size=a.batch // rows.shape[1],
-                                  optimizer="adam", lr=a.lr, lr_warmup_steps=a.tokens // a.batch // 10, hookpoints=[f"h.{LAYER - 1}"], init_seeds=[0, 1],
+                                  optimizer="adam", lr=a.lr, lr_warmup_steps=a.tokens // a.batch // 10,
+                                  hookpoints=[f"h.{LAYER - 1}"], init_seeds=[0, 1],
                                   exclude_tokens=[lm.bos_id], log_to_wandb=False, save_dir=folder, save_every=10**9)
                 trainer = Trainer(cfg, data, lm.model)
                 with autocast(a.autocast, lm.device.type):
