@@ -90,8 +90,8 @@ class Profile:
 
 PROFILES = {
     "record": Profile("record"),
-    "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 8e-3), lr_tokens=100_000,
-                    l1s=(10.0,), architecture_tokens=200_000, eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16,
+    "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 8e-3), lr_tokens=60_000,
+                    l1s=(10.0,), architecture_tokens=60_000, eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16,
                     speedup_depths=(4 / 6,), budgets=(100_000, 400_000), curve_tokens=3_000, curve_points=8, ablation_tokens=200_000,
                     expansions=(4, 16), feature_tokens=30_000, features=256),
     "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, probe_tokens=4_096, batch_size=512,
