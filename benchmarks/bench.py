@@ -252,6 +252,9 @@ def draw_growth(table: pd.DataFrame, path: Path) -> None:
         for color, (system, rows) in zip(COLORS, part.groupby("system", sort=False), strict=False):
             ax.plot(rows.value, rows.step_ms, "o-", color=color, label=system)
         ax.set(xscale="log", yscale="log", xlabel=what)
+        values = sorted(part.value.unique())[:: 2 if part.value.nunique() > 6 else 1]
+        ax.set_xticks(values, [f"{v / 1000:.0f}K" if v >= 1000 else f"{v:g}" for v in values], minor=False)
+        ax.set_xticks([], minor=True)
         if part.system.nunique() > 1:
             ax.legend(fontsize=8)
     axes[0].set_ylabel("ms a step")
