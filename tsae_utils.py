@@ -1089,9 +1089,9 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> TSAE:
     meta = raw.get("metadata", {})
     tokenized = meta["tokenized"] if isinstance(meta.get("tokenized"), dict) else {}
     saved = tokenized["config"] if isinstance(tokenized.get("config"), dict) else {}
-    kinds = {"model_name": str, "hook_name": str, "context_size": int, "l1_coefficient": float, "encoder_scale": float, "seed": int}
-    own = {name: kinds[name](value) for name, value in {**meta, **saved}.items()
-           if name in kinds and type(value) in (kinds[name], int) and (kinds[name] is not str or type(value) is str)}
+    number, text, whole = (int, float), (str,), (int,)
+    kinds = {"model_name": text, "hook_name": text, "context_size": whole, "l1_coefficient": number, "encoder_scale": number, "seed": whole}
+    own = {name: value for name, value in {**meta, **saved}.items() if type(value) in kinds.get(name, ())}
     activation, k = known[raw["architecture"]], raw.get("k", 0)
     if activation == "jumprelu" and saved.get("activation") == "batchtopk":
         activation, k = "batchtopk", saved.get("k")

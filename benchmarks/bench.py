@@ -1,4 +1,4 @@
-"""Speed against the peers, at equal loss: one command, everything in one run, interleaved and repeated.
+"""Speed against the peers, at equal steps with the loss beside it: one command, everything in one run, interleaved and repeated.
 
     make bench                                             # builds .venv-peers, then runs this; about an hour on two cores
     python benchmarks/bench.py --only train_step harvest   # some of train_step, harvest, sweep, growth, profile, table
@@ -86,13 +86,18 @@ def planted(path: Path, d_in: int, tokens: int, features: int = 8192, active: in
     return path
 
 
+def testbed(profile: str):
+    """The notebooks' bench on the testbed."""
+    sys.path.insert(0, str(ROOT / "notebooks"))
+    from lab import Lab
+
+    return Lab("bench", profile)
+
+
 def testbed_rows(path: Path, tokens: int) -> Path:
     """Rows of the testbed's text, training and held-out, made once."""
     if not path.exists():
-        sys.path.insert(0, str(ROOT / "notebooks"))
-        import lab
-
-        bench, g = lab.Lab("bench", "record"), torch.Generator().manual_seed(0)
+        bench, g = testbed("record"), torch.Generator().manual_seed(0)
         rows = bench.rows("sae", tokens)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"train": rows[torch.randperm(len(rows), generator=g)], "heldout": bench.rows("heldout", 8192)}, path)
@@ -100,6 +105,7 @@ def testbed_rows(path: Path, tokens: int) -> Path:
 
 
 def hardware() -> str:
+    """Name of the machine's kind, for a file's name."""
     if torch.cuda.is_available():
         return re.sub(r"\W+", "-", torch.cuda.get_device_name()).lower()
     return f"{platform.machine()}-{torch.get_num_threads()}-cores"
@@ -186,12 +192,9 @@ def sweep(rows: Path, tokens: int, d_sae: int) -> pd.DataFrame:
 
 def table_updates(tokens: int, seeds: int, quick: bool) -> pd.DataFrame:
     """Adam on all of the table against SparseAdam on the batch's rows: held-out quality on the testbed, each over the same rates."""
-    sys.path.insert(0, str(ROOT / "notebooks"))
-    import lab as notebooks
+    lab, rows = testbed("smoke" if quick else "record"), []
+    from lab import LEARNING_RATES, tu
 
-    import tsae_utils as tu
-
-    lab, rows = notebooks.Lab("bench", "smoke" if quick else "record"), []
     hook, start = lab.hook(lab.layer), 0.5 * lab.unigrams(lab.layer)
     evaluate = tu.Evaluator(lab.lm, lab.rows("heldout", lab.p.eval_tokens), hook)
     for seed in range(seeds):
@@ -200,7 +203,7 @@ def table_updates(tokens: int, seeds: int, quick: bool) -> pd.DataFrame:
             for lr in (1e-3, 3e-3, 1e-2, 3e-2):
                 cfg = tu.TSAEConfig(d_in=lab.lm.d_model, d_sae=lab.d_sae, k=lab.p.k, encoder_scale=0.5, seed=seed)
                 saes[by_rows, lr] = tu.TSAE(cfg, tu.TokenLookup(start)).to(lab.lm.device)
-                own = notebooks.LEARNING_RATES["topk+lookup"]
+                own = LEARNING_RATES["topk+lookup"]
                 cfgs[by_rows, lr] = tu.TrainConfig(tokens=tokens, lr=own, lr_lookup=lr, lookup_by_rows=by_rows)
         stream = tu.ActivationStream(lab.lm, lab.train_rows, hook, lab.p.batch_size, lab.p.buffer_tokens, seed)
         history = tu.train(saes, stream, cfgs)
@@ -247,6 +250,7 @@ def draw_loss(curves: pd.DataFrame, path: Path) -> None:
 
 
 def draw_growth(table: pd.DataFrame, path: Path) -> None:
+    """ms a step against each thing that grows."""
     fig, axes = plt.subplots(1, len(GROWTH), figsize=(13, 3.4), sharey=True)
     for ax, (what, part) in zip(axes, table.groupby("grows", sort=False), strict=True):
         for color, (system, rows) in zip(COLORS, part.groupby("system", sort=False), strict=False):
@@ -309,7 +313,8 @@ def main() -> None:
         rows = testbed_rows(cache / f"rows-{args.sweep_tokens}.safetensors", 1.2 * args.sweep_tokens)
         keep(sweep(rows, args.sweep_tokens, 512 if args.quick else 4096))
     if "growth" in wanted:
-        table = growth(data, 8192 // (64 if args.quick else 1), k, args.batch, 6, 64 if args.quick else 1)
+        shrink = 64 if args.quick else 1
+        table = growth(data, 8192 // shrink, k, args.batch, 6, shrink)
         table.to_csv(f"{out}-growth.csv", index=False, float_format="%.5g")
         draw_growth(table, Path(f"{out}-growth.png"))
     if "profile" in wanted:

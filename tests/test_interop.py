@@ -222,6 +222,16 @@ def test_the_hub_is_a_folder_and_its_absence_a_sentence(tmp_path, monkeypatch):
         interop.from_pretrained("nobody/nothing")
 
 
+@pytest.mark.parametrize("k", [None, "6", 6.0])
+def test_a_batchtopk_file_without_a_whole_k_is_refused(tmp_path, k):
+    folder = tu.save(some_sae("batchtopk"), tmp_path / "s")
+    cfg = json.loads((folder / "cfg.json").read_text())
+    cfg["metadata"]["tokenized"]["config"]["k"] = k
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    with pytest.raises(ValueError, match="of a batchtopk SAE should be a whole number"):
+        tu.load(folder)
+
+
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "gated", "relu"])
 def test_a_hundred_and_fifty_damaged_folders_give_one_sentence_each(tmp_path, kind):
     """Truncated, bits flipped, wrong types, shapes, NaN, paths in cfg, a huge header: refused, or the SAE is sound.
