@@ -1,10 +1,10 @@
-# The commands of the README. PROFILE=mini|smoke|record; PYTHON=python3.12 to choose an interpreter.
+# The commands of the README. PROFILE=mini|smoke|record|gpt2-lite|gpt2|pythia; PYTHON=python3.12 to choose an interpreter.
 PROFILE ?= $(or $(TSAE_PROFILE),mini)
 PYTHON ?= python3
 NB ?=
 PY := .venv/bin/python
 
-.PHONY: figures redraw record readme test kill testbed saes bench saelens clean
+.PHONY: figures redraw record readme verify test kill testbed saes bench saelens clean
 
 figures: .venv/ready        ## every notebook; writes figures/$(PROFILE)/
 	$(PY) notebooks/run.py --profile $(PROFILE)
@@ -22,6 +22,9 @@ test: .venv/ready           ## lint, unit tests, every notebook at smoke
 	$(PY) -m ruff check .
 	$(PY) -m pytest -q tests
 	$(PY) -m pytest -q --nbmake notebooks/
+
+verify: .venv/ready         ## check contributed figures: make verify PROFILE=gpt2 (the default here)
+	$(PY) notebooks/verify.py $(if $(filter command environment,$(firstword $(origin PROFILE))),$(PROFILE),gpt2)
 
 readme: .venv/ready         ## the README's tables again, from figures/record/
 	$(PY) notebooks/readme.py

@@ -253,32 +253,42 @@ class LanguageModel:
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(ids_RL.shape)[:, :-1]
 
 
+def hub_name(source: str | Path) -> tuple[str, str | None]:
+    """(name, revision) of "name@revision"; a local file or folder is taken as it is."""
+    if Path(source).expanduser().exists():
+        return str(source), None
+    name, _, revision = str(source).partition("@")
+    return name, revision or None
+
+
 def load_lm(name_or_path: str | Path, device: str | None = None, bf16: bool | None = None) -> LanguageModel:
-    """Load a model of the hub or of a local Hugging Face folder, weights in fp32.
+    """Load a model of the hub ("name" or "name@revision") or of a local Hugging Face folder, weights in fp32.
 
     Raises FileNotFoundError where neither exists, ValueError where the BOS id lies outside the embedding.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    path = Path(name_or_path).expanduser()
-    looks_local = path.exists() or path.is_absolute() or str(name_or_path).startswith(".") or len(path.parts) > 2
+    name, revision = hub_name(name_or_path)
+    path = Path(name).expanduser()
+    looks_local = path.exists() or path.is_absolute() or name.startswith(".") or len(path.parts) > 2
     if looks_local and not (path / "config.json").is_file():
         raise FileNotFoundError(f"no model at {path}: expected a Hugging Face folder with config.json")
     device = device or ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
-        model = AutoModelForCausalLM.from_pretrained(str(path), dtype=torch.float32)
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision)
+        model = AutoModelForCausalLM.from_pretrained(str(path), revision=revision, dtype=torch.float32)
     except SafetensorError as error:
         raise ValueError(f"the weights in {path} are damaged ({error}): fetch them again") from error
     except OSError as error:
-        raise FileNotFoundError(f"could not load the model {str(name_or_path)!r}: it is neither a local folder with config, "
-                                f"tokenizer and weights nor a hub model that can be reached ({error})") from error
+        raise FileNotFoundError(f"could not load the model {str(name_or_path)!r}: it is neither a local folder with config, tokenizer and "
+                                "weights nor a hub model that can be reached: check name and network, or give a local copy "
+                                f"({str(error).splitlines()[0]})") from error
     return LanguageModel(model.to(device), tokenizer, str(name_or_path), bf16)
 
 
 def read_documents(source: str | Path, text_column: str = "text") -> Iterator[str]:
     """Documents of a local .txt (paragraphs), .jsonl or .parquet file, of a folder of them, or of a hub data set
-    ("name" or "name:configuration", streamed, split "train").
+    ("name", "name:configuration" or either with "@revision"; streamed, split "train").
 
     Raises FileNotFoundError or ValueError with what was expected.
     """
@@ -295,8 +305,9 @@ def read_documents(source: str | Path, text_column: str = "text") -> Iterator[st
         raise ValueError(f"cannot read {bad[0]}: expected .txt, .jsonl or .parquet with a column {text_column!r}")
     if not files and (path.is_absolute() or path.suffix in kinds or str(source).startswith(".")):
         raise FileNotFoundError(f"no corpus at {path}: expected a .txt, .jsonl or .parquet file, a folder of them, or a hub id")
-    name, _, configuration = str(source).partition(":")
-    kind, options = name, {"name": configuration or None}
+    source, revision = hub_name(source)
+    kind, _, configuration = source.partition(":")
+    options = {"name": configuration or None, "revision": revision}
     if files:
         kind, options = kinds[files[0].suffix], {"data_files": [str(f) for f in files]}
     if kind == "text":

@@ -115,14 +115,15 @@ def sparsify(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Rec
 
 
 def saelens(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reconstruct]:
-    """SAELens's SAETrainer.step on a TopKTrainingSAE; in fp32 with its sparse activations, which it recommends there."""
+    """SAELens's SAETrainer.step on a TopKTrainingSAE; in fp32 on a GPU with its sparse activations (on a CPU they raise
+    NotImplementedError in the backward pass)."""
     from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
     torch.manual_seed(0)
     sae = TopKTrainingSAE(TopKTrainingSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k, device=str(x.device), dtype="float32",
-                                                 use_sparse_activations=not a.autocast))
+                                                 use_sparse_activations=x.is_cuda and not a.autocast))
     sae.b_dec.data = x[: a.batch].mean(0)
     cfg = SAETrainerConfig(
         n_checkpoints=0, checkpoint_path=None, save_final_checkpoint=False, total_training_samples=a.steps * a.batch, device=str(x.device),

@@ -117,8 +117,12 @@ def gram_activations(lab: Lab, grams: Tensor, layer: int) -> Tensor:
 
 
 def common_grams(lab: Lab, n: int, limit: int) -> tuple[Tensor, np.ndarray]:
-    """The commonest n-grams [G, n] of the training rows and their counts, commonest first, within documents."""
-    ids = lab.train_rows.long()
+    """The commonest n-grams [G, n] of the training rows and their counts, commonest first, within documents.
+
+    Counted on at most the profile's `ngram_tokens`, evenly spaced.
+    """
+    ids, wanted = lab.train_rows, max(1, lab.p.ngram_tokens // lab.context_size)
+    ids = (ids if wanted >= len(ids) else ids[torch.linspace(0, len(ids) - 1, wanted).long()]).long()
     whole = tu.keep_mask(ids, lab.lm).unfold(1, n, 1).all(-1)
     grams = ids.unfold(1, n, 1)[whole]
     key = torch.zeros(len(grams), dtype=torch.int64)

@@ -34,11 +34,13 @@ import matplotlib.ticker as ticker  # noqa: E402
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
+from huggingface_hub import try_to_load_from_cache  # noqa: E402
 from scipy import stats  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
 os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # nothing is sent anywhere, not even a count of loads
 
+import interop  # noqa: E402
 import tsae_utils as tu  # noqa: E402
 from testbed import corpus as testbed_corpus  # noqa: E402
 
@@ -53,11 +55,14 @@ transformers_logging.disable_progress_bar()
 
 @dataclass(frozen=True)
 class Profile:
-    """Model, corpus and grid. Depths are shares of the model's layers, widths multiples of d_model."""
+    """Model, corpus and grid. Depths are shares of the model's layers, widths multiples of d_model; what lies on the hub
+    is pinned to a commit ("name@commit")."""
 
     name: str
     model: str = "testbed"
     corpus: str = "testbed"
+    ngram_corpus: str = ""  # figure 1; without it the corpus
+    published: str = ""  # a folder for each hook point: SAEs that stand for the paper's in figures 2, 3, 4 and 7, tables 1 and 3
     context_size: int = 256  # the paper's
     depth: float = 2 / 3  # the main layer: testbed 4 of 6, GPT-2 8 of 12, Pythia 16 of 24
     depths: tuple[float, ...] = (5 / 12, 8 / 12, 11 / 12)  # figures 2 and 3; the paper: GPT-2 layers 5, 8, 11
@@ -71,6 +76,9 @@ class Profile:
     buffer_tokens: int = 2**17
     lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # the grid of every system
     lr_tokens: int = 1_000_000  # a run of the search
+    sae_lr: float = 8e-3  # where a notebook has no search of its own: what figure 6's chose (fig6_pareto_lr.csv)
+    tsae_lr: float = 4e-3
+    lr_end: float = 0.0  # learning rates fall to this share
     l1s: tuple[float, ...] = (4.0, 10.0, 24.0)  # figure 6: relu; gated twice that
     architecture_tokens: int = 1_000_000  # figure 6: batchtopk, relu, gated
     eval_tokens: int = 24_000  # held-out tokens for cross-entropy
@@ -82,12 +90,22 @@ class Profile:
     expansions: tuple[int, ...] = (4, 8, 16, 32, 64)  # notebooks 07 and 12: widths in multiples of d_model
     feature_tokens: int = 100_000  # held-out tokens on which features are studied: notebooks 04, 07, 08, 09, 11
     features: int = 512  # features of each SAE in a study
-    ngram_tokens: int = 20_000_000  # figure 1: at most
+    ngram_tokens: int = 20_000_000  # n-grams are counted on so many tokens at most
     ngrams: int = 20_000  # figures 2 and 3: at most so many bigrams
     patch_rows: int = 64  # figure 5: held-out rows
     patch_positions: int = 24  # figure 5: positions a row
+    gib: float = 16.0  # SAEs trained in one pass of the language model, with gradients and Adam: more of them take more passes
 
 
+GPT2 = Profile(  # the paper's settings, where they are known; seeds and the rest as in `record`
+    "gpt2", model="openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    corpus="allenai/c4:en@1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
+    ngram_corpus="Skylion007/openwebtext:plain_text@79d93d786212f7344586290adb811d4ae6a1762c",
+    published="jbloom/GPT2-Small-SAEs-Reformatted@57d08a4fd333fbf18caf3fbea63ceeb88e2f50d9",
+    ks=(5, 10, 20, 30, 50), k=30, tokens=300_000_000, probe_tokens=60_000_000, lrs=(1e-4,), sae_lr=1e-4, tsae_lr=1e-4, lr_end=0.3,
+    l1s=(8.0, 16.0, 32.0, 64.0), architecture_tokens=300_000_000, eval_tokens=100_000, speedup_depths=tuple(i / 12 for i in range(5, 12)),
+    budgets=(75_000_000, 300_000_000), curve_tokens=20_000, curve_points=16, ablation_tokens=131_000_000, feature_tokens=300_000,
+    ngram_tokens=100_000_000, ngrams=35_000)
 PROFILES = {
     "record": Profile("record"),
     "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 8e-3), lr_tokens=60_000,
@@ -100,11 +118,20 @@ PROFILES = {
                      patch_rows=2, patch_positions=4, speedup_depths=(4 / 6,),
                      budgets=(2_048, 4_096), curve_tokens=512, curve_points=3, ablation_tokens=1_024, expansions=(1, 2),
                      feature_tokens=2_048, features=16),
+    # a tenth of the tokens and one seed; the authors' rate is the lowest of the grid, as a short run may want a higher one
+    "gpt2-lite": replace(GPT2, name="gpt2-lite", ks=(10, 30), seeds=(0,), depths=(8 / 12,), tokens=30_000_000, probe_tokens=10_000_000,
+                         lrs=(1e-4, 4e-4, 1.6e-3), lr_tokens=3_000_000, sae_lr=4e-4, tsae_lr=4e-4, l1s=(8.0, 32.0),
+                         architecture_tokens=10_000_000, eval_tokens=50_000, speedup_depths=(8 / 12,), budgets=(7_500_000, 30_000_000),
+                         curve_tokens=10_000, ablation_tokens=10_000_000, expansions=(4, 16, 32), feature_tokens=100_000,
+                         ngram_tokens=30_000_000, ngrams=20_000),
+    "gpt2": GPT2,
+    "pythia": replace(GPT2, name="pythia", model="EleutherAI/pythia-1.4b@fedc38a16eea3bd36a96b906d78d11d2ce18ed79", published="",
+                      depths=(12 / 24, 16 / 24, 20 / 24), expansion=8, ks=(30, 50), k=50, tokens=131_000_000, probe_tokens=30_000_000,
+                      l1s=(8.0, 32.0), architecture_tokens=30_000_000, eval_tokens=50_000, speedup_depths=(12 / 24, 16 / 24, 20 / 24),
+                      budgets=(32_000_000, 131_000_000), expansions=(4, 8, 16), feature_tokens=100_000),
 }
 CACHE_VERSION = {"batchtopk": 4}  # 3 for the others; raise when a change of code changes what training makes
 
-# Where a notebook has no search of its own: what figure 6's search chose (fig6_pareto_lr.csv)
-LEARNING_RATES = {"topk": 8e-3, "topk+lookup": 4e-3}
 # On these a claim can be reproduced; elsewhere its effect is present or absent
 PAPER_MODELS = ("gpt2", "openai-community/gpt2", "EleutherAI/pythia-1.4b")
 PAPER_CORPORA = ("allenai/c4", "Skylion007/openwebtext")
@@ -127,6 +154,7 @@ SYSTEMS = {
     "gated+lookup (1e-4)": {"color": "#CC79A7", "marker": "8", "linestyle": ":"},
     "topk+lookup (zero start)": {"color": "#E69F00", "marker": "D", "linestyle": "--"},
     "untrained table": {"color": "#000000", "marker": "x", "linestyle": ":"},
+    "published": {"color": "#009E73", "marker": "D", "linestyle": "-"},
 }
 
 
@@ -200,20 +228,62 @@ def lock(path: Path) -> Iterator[None]:
         yield
 
 
+def save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """A safetensors file in the cache, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    tu.save_file(tensors, partial)
+    partial.replace(path)
+
+
+def corpus_key(corpus: str) -> str:
+    """Tells one state of a corpus from another: names, sizes and times of local files, the pinned name of a hub data set."""
+    path = Path(corpus).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps([corpus, seen]).encode()).hexdigest()[:16]
+
+
+def public_name(source: str) -> str:
+    """A source without the folders of this machine."""
+    return Path(source).name if Path(source).expanduser().exists() else source
+
+
+def rehearsal(p: Profile, share: str) -> Profile:
+    """The profile with a share of its token budgets, a batch at the least."""
+    if not 0 < float(share) <= 1:
+        raise ValueError(f"TSAE_BUDGET={share} must be a share of the profile's tokens, above 0 and at most 1")
+    names = [f.name for f in fields(Profile) if f.name.endswith("tokens") and f.name != "buffer_tokens"]
+    less = {n: max(p.batch_size, int(float(share) * getattr(p, n))) for n in names}
+    return replace(p, **less, budgets=tuple(max((i + 1) * p.batch_size, int(float(share) * b)) for i, b in enumerate(p.budgets)))
+
+
+def settings(profile: str) -> tuple[Profile, Path]:
+    """A profile as the environment changes it, and the folder of its figures."""
+    if profile not in PROFILES:
+        raise ValueError(f"unknown profile {profile!r}: TSAE_PROFILE must be one of {', '.join(PROFILES)}")
+    own = {k: os.environ[v] for k in ("model", "corpus", "published") if os.environ.get(v := f"TSAE_{k.upper()}")}
+    own |= {"ngram_corpus": ""} if "corpus" in own else {}
+    own = ({"published": ""} if "model" in own else {}) | own
+    p = replace(PROFILES[profile], **own)
+    name = f"{profile}-{Path(tu.hub_name(p.model)[0]).name}" if own else profile
+    if share := os.environ.get("TSAE_BUDGET"):
+        p, name = rehearsal(p, share), f"{name}-x{share}"
+    return p, Path(os.environ.get("TSAE_FIGURES") or ROOT / "figures") / name
+
+
 class Lab:
     """The bench of one notebook. `Lab("fig6_pareto", "mini")` loads nothing until asked.
 
-    Environment: TSAE_MODEL and TSAE_CORPUS replace the profile's model and corpus, TSAE_FIGURES moves the output,
-    TSAE_CACHE the trained SAEs. Raises ValueError for an unknown profile, FileNotFoundError for a missing model.
+    Environment: TSAE_MODEL, TSAE_CORPUS and TSAE_PUBLISHED replace the profile's model, corpus (figure 1's too) and published
+    SAEs (a model of one's own has none unless they are given), TSAE_FIGURES moves the output, TSAE_CACHE the trained SAEs,
+    TSAE_BUDGET=0.001 takes that share of all token budgets, for a rehearsal. Raises ValueError for an unknown profile or a
+    budget that is no share, FileNotFoundError for a missing model.
     """
 
     def __init__(self, figure_id: str, profile: str) -> None:
-        if profile not in PROFILES:
-            raise ValueError(f"unknown profile {profile!r}: TSAE_PROFILE must be one of {', '.join(PROFILES)}")
-        own = {k: os.environ[v] for k, v in (("model", "TSAE_MODEL"), ("corpus", "TSAE_CORPUS")) if os.environ.get(v)}
-        self.id, self.p, self.started = figure_id, replace(PROFILES[profile], **own), time.time()
-        base = Path(os.environ.get("TSAE_FIGURES") or ROOT / "figures")
-        self.out = base / (profile if not own else f"{profile}-{Path(self.p.model).name}")
+        self.id, self.started = figure_id, time.time()
+        self.p, self.out = settings(profile)
         self.cache = testbed_corpus.cache_folder()
         self.claims: dict[str, dict] = {}
         torch.manual_seed(0)
@@ -232,7 +302,18 @@ class Lab:
 
     @cached_property
     def model_name(self) -> str:
-        return "testbed" if self.p.model == "testbed" else Path(self.p.model).name
+        return Path(tu.hub_name(self.p.model)[0]).name
+
+    @cached_property
+    def weights_sha256(self) -> str:
+        """Of the model's file of weights, to compare with the hub's; empty where there are several."""
+        name, revision = tu.hub_name(self.lm.name)
+        file = "model.safetensors"
+        found = Path(name, file) if Path(name).is_dir() else try_to_load_from_cache(name, file, revision=revision)
+        if not isinstance(found, str | Path) or not Path(found).exists():
+            return ""
+        with open(found, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
 
     @cached_property
     def context_size(self) -> int:
@@ -261,30 +342,43 @@ class Lab:
             if record.exists() and json.loads(record.read_text())["corpus_hash"] != manifest["hash"]:
                 print("note: the documentation installed here is not the committed record's (other versions): numbers will differ a little")
             return manifest["hash"]
-        path = Path(self.p.corpus).expanduser()
-        files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
-        seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-        return hashlib.sha256(json.dumps([self.p.corpus, seen]).encode()).hexdigest()[:16]
+        return corpus_key(self.p.corpus)
 
-    def documents(self, split: str) -> Iterator[str]:
-        """Texts of one split: lm, sae, tune, heldout. Another corpus is split by the position of a document (sae 80 %,
-        tune 5 %, heldout 15 %) and has no lm split."""
-        if self.p.corpus == "testbed":
+    def documents(self, split: str, corpus: str = "") -> Iterator[str]:
+        """Texts of one split: lm, sae, tune, heldout. Another corpus than the testbed's is split by the position of a document
+        (sae 80 %, tune 5 %, heldout 15 %) and has no lm split."""
+        corpus = corpus or self.p.corpus
+        if corpus == "testbed":
             yield from (d.text for d in testbed_corpus.documents(split))
             return
-        for i, text in enumerate(tu.read_documents(self.p.corpus)):
+        for i, text in enumerate(tu.read_documents(corpus)):
             u = int.from_bytes(hashlib.sha256(str(i).encode()).digest()[:4], "big") / 2**32
             if split == ("sae" if u < 0.8 else "tune" if u < 0.85 else "heldout"):
                 yield text
 
-    def rows(self, split: str, tokens: float) -> torch.Tensor:
-        """Token rows [R, L] of a split, about `tokens` of them, evenly spaced over the split: documents come in the order of
-        their packages, so its beginning is no sample. Of another corpus at most eight times as much is read."""
-        limit = np.inf if self.p.corpus == "testbed" else 8 * tokens
+    def rows(self, split: str, tokens: float, corpus: str = "") -> torch.Tensor:
+        """Token rows [R, L] of a split, about `tokens` of them. Those of another corpus than the testbed's are cached on disk.
+
+        Rows are evenly spaced over what is read: documents may come in the order of their packages, so the beginning is no
+        sample. Of a local corpus at most eight times as much is read, of a hub corpus no more than is wanted.
+        """
+        corpus = corpus or self.p.corpus
+        if corpus == "testbed":
+            return self._read_rows(split, tokens, corpus, np.inf)
+        vocabulary = hashlib.sha256(json.dumps(sorted(self.lm.tokenizer.get_vocab().items())).encode()).hexdigest()
+        key = [corpus_key(corpus), split, int(tokens), self.context_size, vocabulary, self.lm.bos_id, self.lm.separator_id]
+        path = self.cache / f"rows-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.safetensors"
+        if not path.exists():
+            local = Path(corpus).expanduser().exists()
+            save_atomically({"rows": self._read_rows(split, tokens, corpus, (8 if local else 1) * tokens)}, path)
+        return tu.load_file(path)["rows"]
+
+    def _read_rows(self, split: str, tokens: float, corpus: str, limit: float) -> torch.Tensor:
         try:
-            rows = tu.token_rows(self.documents(split), self.lm, self.context_size, max(limit, 2 * self.context_size))
+            rows = tu.token_rows(self.documents(split, corpus), self.lm, self.context_size, max(limit, 2 * self.context_size),
+                                 progress=corpus != "testbed" and tokens > 10**6)
         except ValueError as error:
-            raise ValueError(f"split {split!r} of {self.p.corpus}: {error}") from error
+            raise ValueError(f"split {split!r} of {corpus}: {error}") from error
         wanted = max(2, int(tokens) // (self.context_size - 1))
         return rows if wanted >= len(rows) else rows[torch.linspace(0, len(rows) - 1, wanted).long()]
 
@@ -300,15 +394,30 @@ class Lab:
     def d_sae(self) -> int:
         return self.p.expansion * self.lm.d_model
 
+    def lr(self, system: str) -> float:
+        """The profile's learning rate for a system, for notebooks without a search of their own."""
+        return self.p.tsae_lr if "lookup" in system else self.p.sae_lr
+
+    @property
+    def paper_sae(self) -> str:
+        """The system that stands for the paper's SAE where the paper measured RES-JB."""
+        return "published" if self.p.published else "topk"
+
+    def published(self, layer: int) -> dict[str, tu.TSAE]:
+        """{"published": SAE} of a layer, {} where the profile names none. Raises ValueError where it does not fit the model."""
+        if not self.p.published:
+            return {}
+        name, revision = tu.hub_name(self.p.published)
+        sae = interop.from_pretrained(name, self.hook(layer), revision).to(self.lm.device)
+        print(f"published SAE: {public_name(name)}, {self.hook(layer)}, {sae.cfg.d_sae:,} features ({sae.cfg.activation})")
+        rows = self.rows("heldout", 8 * self.context_size)[:, : max(2, sae.cfg.context_size)]
+        return {"published": interop.check_fit(sae, self.lm, rows)}
+
     def unigrams(self, layer: int) -> torch.Tensor:
         """A([BOS, t])_1 of every token [V, D], cached on disk."""
         path = self.cache / f"unigrams-{self.lm.fingerprint}-{layer}.safetensors"
         if not path.exists():
-            table = tu.unigram_activations(self.lm, self.hook(layer), progress=True)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            partial = path.with_suffix(f".{os.getpid()}.partial")
-            tu.save_file({"unigrams": table}, partial)
-            partial.replace(path)
+            save_atomically({"unigrams": tu.unigram_activations(self.lm, self.hook(layer), progress=True)}, path)
         return tu.load_file(path)["unigrams"].to(self.lm.device)
 
     def token_means(self, layer: int) -> torch.Tensor:
@@ -336,40 +445,52 @@ class Lab:
         return tu.TSAE(cfg, tu.TokenLookup(scale * table, trainable=not arm.frozen)).to(self.lm.device)
 
     def train_or_load(self, arms: dict[str, Arm], layer: int, seed: int, tokens: int) -> dict[str, tu.TSAE]:
-        """Trained SAEs by name. What the cache lacks is trained in one pass of the language model, then saved.
+        """Trained SAEs by name. What the cache lacks is trained in one pass of the language model (in several where the
+        profile's `gib` would not hold it), then saved.
 
         Each SAE carries `record`: its dead fraction, seconds and the tokens it saw.
         """
         def folder(arm: Arm) -> Path:
             own = {f.name: getattr(arm, f.name) for f in fields(Arm) if getattr(arm, f.name) != f.default}  # a new field changes no key
             key = [CACHE_VERSION.get(arm.activation, 3), own, layer, seed, tokens, self.p.batch_size, self.p.buffer_tokens,
-                   self.lm.fingerprint, self.lm.bf16, rows]
+                   self.lm.fingerprint, self.lm.bf16, rows, *[self.p.lr_end] * (self.p.lr_end > 0)]
             return self.cache / "saes" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 
         rows = hashlib.sha256(self.train_rows.numpy().tobytes()).hexdigest()
 
         with lock(self.cache / "saes" / f"{self.model_name}-{layer}-{seed}.lock"):
-            missing = {n: a for n, a in arms.items() if not folder(a).exists()}
-            if missing:
-                each = [a.d_sae * (2 * self.lm.d_model + 1) + bool(a.start) * self.lm.n_vocab * self.lm.d_model for a in missing.values()]
-                gib = 16 * sum(each) / 2**30  # fp32 weights, gradients and Adam's two moments
-                print(f"training {len(each)} SAEs: {sum(each) / 1e6:.1f}M parameters, {gib:.2f} GiB with Adam and gradients")
-                saes = {n: self._new_sae(a, layer, seed) for n, a in missing.items()}
+            for part in self._passes({n: a for n, a in arms.items() if not folder(a).exists()}):
+                saes = {n: self._new_sae(a, layer, seed) for n, a in part.items()}
                 window = min(tu.TrainConfig().dead_window, tokens // 4)
-                cfgs = {n: tu.TrainConfig(tokens=tokens, lr=a.lr, lr_lookup=a.lr_lookup, start_l0=a.start_l0, aux_k=a.aux_k,
-                                          aux_window=window // 5, dead_window=window) for n, a in missing.items()}
+                cfgs = {n: tu.TrainConfig(tokens=tokens, lr=a.lr, lr_lookup=a.lr_lookup, lr_end=self.p.lr_end, start_l0=a.start_l0,
+                                          aux_k=a.aux_k, aux_window=window // 5, dead_window=window) for n, a in part.items()}
                 stream = tu.ActivationStream(self.lm, self.train_rows, self.hook(layer), self.p.batch_size, self.p.buffer_tokens, seed)
-                measured, after_step = self._measure_on_the_way(missing, saes, layer, tokens)
+                measured, after_step = self._measure_on_the_way(part, saes, layer, tokens)
                 history = tu.train(saes, stream, cfgs, after_step=after_step)
                 for name, sae in saes.items():
                     own = [{k: v for k, v in row.items() if k != "system"} for row in history if row["system"] == name]
-                    record = {**own[-1], "dead_window": window, "arm": asdict(missing[name]), "history": own, "curve": measured[name]}
-                    tu.save(sae, folder(missing[name]), {"record": record})
+                    record = {**own[-1], "dead_window": window, "arm": asdict(part[name]), "history": own, "curve": measured[name],
+                              "pass": {"saes": len(part), "seconds_in_model": stream.seconds}}
+                    tu.save(sae, folder(part[name]), {"record": record})
         loaded = {}
         for name, arm in arms.items():
             loaded[name] = tu.load(folder(arm), self.lm.device)
             loaded[name].record = tu.read_cfg(folder(arm))["metadata"]["tokenized"]["record"]
         return loaded
+
+    def _passes(self, arms: dict[str, Arm]) -> list[dict[str, Arm]]:
+        """The arms in groups that fit into the profile's `gib` together, one arm at least; says what each group takes."""
+        groups, free, most = [], 0.0, 0.0
+        for name, arm in arms.items():
+            parameters = arm.d_sae * (2 * self.lm.d_model + 1) + bool(arm.start) * self.lm.n_vocab * self.lm.d_model
+            gib = 16 * parameters / 2**30  # fp32 weights, gradients and Adam's two moments
+            if not groups or gib > free:
+                groups, free = [*groups, {}], self.p.gib
+            groups[-1][name], free = arm, free - gib
+            most = max(most, self.p.gib - free)
+        if groups:
+            print(f"training {len(arms)} SAEs in {len(groups)} pass(es) of the language model, {most:.2f} GiB with Adam and gradients")
+        return groups
 
     def _measure_on_the_way(self, arms: dict[str, Arm], saes: dict[str, tu.TSAE], layer: int, tokens: int):
         """(rows by SAE, after_step for `train`): held-out measurements of the arms with `curve` at logarithmically spaced steps."""
@@ -397,7 +518,7 @@ class Lab:
         if all(f.exists() and tu.read_cfg(f)["metadata"]["tokenized"]["model_hash"] == self.lm.fingerprint for f in folders.values()):
             return {name: tu.load(f, self.lm.device) for name, f in folders.items()}
         print("no trained pair for this model in the repository: training one")
-        arms = {s: Arm(s, self.d_sae, self.p.k, LEARNING_RATES[s], **t) for s, t in (("topk", {}), ("topk+lookup", LOOKUP))}
+        arms = {s: Arm(s, self.d_sae, self.p.k, self.lr(s), **t) for s, t in (("topk", {}), ("topk+lookup", LOOKUP))}
         return self.train_or_load(arms, self.layer, self.p.seeds[0], self.p.tokens)
 
     # -- what a notebook leaves behind --
@@ -417,9 +538,10 @@ class Lab:
         self._write(f"{self.id}{suffix}.csv", table.to_csv(index=False, float_format="%.6g"))
         if not suffix:
             meta = {"id": self.id, "profile": asdict(self.p), "model": self.model_name, "model_hash": self.lm.fingerprint,
-                    "corpus_hash": self.corpus_hash, "torch": torch.__version__.split("+")[0], "device": str(self.lm.device),
+                    "weights_sha256": self.weights_sha256, "corpus_hash": self.corpus_hash,
+                    "torch": torch.__version__.split("+")[0], "device": str(self.lm.device),
                     "machine": f"{platform.machine()}, {os.cpu_count()} cores", "seconds": round(time.time() - self.started)}
-            meta["profile"]["model"], meta["profile"]["corpus"] = self.model_name, Path(self.p.corpus).name
+            meta["profile"] |= {k: public_name(getattr(self.p, k)) for k in ("model", "corpus", "ngram_corpus", "published")}
             self._write(f"{self.id}.json", json.dumps(meta, indent=1) + "\n")
         return self.read_csv(suffix)
 
@@ -451,7 +573,7 @@ class Lab:
 
         `direction`: the rule fails but the sign is the paper's (told apart on the paper's own models only).
         """
-        if self.p.model in PAPER_MODELS and self.p.corpus.startswith(PAPER_CORPORA):
+        if tu.hub_name(self.p.model)[0] in PAPER_MODELS and self.p.corpus.startswith(PAPER_CORPORA):
             word = "reproduced" if holds else "direction only" if direction else "not reproduced"
         else:
             word = "effect present" if holds else "effect absent"

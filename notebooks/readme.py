@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import sys
+import textwrap
+from pathlib import Path
 
 import nbformat
 import pandas as pd
@@ -72,21 +74,81 @@ def times() -> str:
 
 def speed() -> str:
     """The newest side-by-side run of `make bench` on every kind of hardware."""
-    newest = {}  # (hardware, kind of work): rows
+    latest = {}  # (hardware, kind of work): rows
     for path in sorted((ROOT / "benchmarks" / "results").glob("20*.csv")):
         if "ratio_to_ours" in path.read_text().splitlines()[0] and "-quick" not in path.stem:
             for work, part in pd.read_csv(path).groupby("work", sort=False):
-                newest[path.stem[11:], work] = (path, part)
+                latest[path.stem[11:], work] = (path, part)
     lines = ["| work | system | d_sae | tokens/s | of ours | peak GiB | held-out NMSE |", "|---|---|---|---|---|---|---|"]
-    for _, part in newest.values():
+    for _, part in latest.values():
         for r in part.itertuples():
             d_sae, nmse = "" if pd.isna(r.d_sae) else f"{r.d_sae:,.0f}", "" if pd.isna(r.nmse) else f"{r.nmse:.4f}"
             lines.append(f"| {r.work} | {r.system} | {d_sae} | {r.tokens_per_s:,.0f} | {r.ratio_to_ours:.2f} | {r.peak_gib:.2f} | {nmse} |")
-    runs = "; ".join(f"[{name}](benchmarks/results/{name})" for name in sorted({path.name for path, _ in newest.values()}))
-    return f"{runs}\n\n" + "\n".join(lines) if newest else "No run is committed yet."
+    runs = "; ".join(f"[{name}](benchmarks/results/{name})" for name in sorted({path.name for path, _ in latest.values()}))
+    return f"{runs}\n\n" + "\n".join(lines) if latest else "No run is committed yet."
 
 
-BLOCKS = {"headline": headline, "status": status, "gallery": gallery, "scorecard": verdicts, "times": times, "speed": speed}
+def paragraph(*parts: str) -> str:
+    """Sentences as lines of the README."""
+    return textwrap.fill(" ".join(parts), 140, break_on_hyphens=False, break_long_words=False)
+
+
+def newest(kind: str) -> tuple[Path, pd.DataFrame] | None:
+    """The newest benchmarks/results/<date>-<hardware><kind>.csv of a CPU, None where there is none."""
+    paths = sorted((ROOT / "benchmarks" / "results").glob(f"20*-cores{kind}.csv"))
+    return (paths[-1], pd.read_csv(paths[-1])) if paths else None
+
+
+def harvest(run: pd.DataFrame) -> float:
+    """Tokens/s of our activations."""
+    return run[(run.work == "harvest") & (run.system == "ours")].tokens_per_s.item()
+
+
+def nodes() -> str:
+    """What 300M tokens of GPT-2 small cost on one machine of the benchmark's kind and on several, from the measured speeds."""
+    found = newest("")
+    speeds = found[1].set_index(["work", "system", "d_sae"]).tokens_per_s if found else {}
+    if ("train_step", "ours+table", 12_288) not in speeds:
+        return "Not measured yet."
+    model, step, rows = harvest(found[1]), *(speeds["train_step", f"ours+table{how}", 12_288] for how in ("", " by rows"))
+    compute, steps = 1 / model + 1 / step, 300e6 / 4096  # seconds a token
+    hours = f"{300e6 * compute / 3600:.0f}"
+    weights, table = 4 * (2 * 768 * 12_288 + 12_288 + 768), 4 * 50_257 * 768  # bytes of gradients
+    sent = 2 * (weights + table)  # a ring's all-reduce sends nearly twice what it adds up
+    return paragraph(
+        f"300M tokens of GPT-2 small for one TSAE (16x, k = 32) take {hours} hours on two CPU cores:",
+        f"{300e6 / model / 3600:.0f} in the language model ({model:,.0f} tokens/s), {300e6 / step / 3600:.1f} in the SAE ({step:,.0f};",
+        f"updating the table by rows {rows:,.0f}). N such machines take {hours} / N hours and send gradients of",
+        f"{weights / 2**20:.0f} MiB for the SAE and {table / 2**20:.0f} MiB for a whole table in each of {steps:,.0f} steps,",
+        f"{sent * steps / 2**40:.0f} TiB in all from each machine: {8 * sent / 1e9:.1f} s a step at 1 Gbit/s, where a step of 8 machines",
+        f"computes for {4096 * compute / 8:.2f} s. With `--lookup-by-rows` only a batch's rows of the table travel; larger steps",
+        "(`--batch-size`) or 10 Gbit/s do the rest. Worked out from the speeds, not run.")
+
+
+def rehearsal() -> str:
+    """Memory and time of every notebook at gpt2-lite, from the rehearsal, and of Pythia's shape."""
+    lite, pythia, speeds = newest("-rehearsal"), newest("-pythia"), newest("")
+    if lite is None or pythia is None or speeds is None:
+        return "Not rehearsed yet."
+    t, p = lite[1], pythia[1].set_index("what")
+    hours = (t.sae_seconds_full + t.model_mtokens_full * 1e6 / harvest(speeds[1])) / 3600
+    columns = ["notebook at `gpt2-lite`", "peak GiB", "SAEs", "M tokens through SAEs", "M tokens through GPT-2", "hours of training"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for r, h in zip(t.itertuples(), hours, strict=True):
+        through = f"{r.sae_mtokens_full:,.0f} | {r.model_mtokens_full:,.0f} | {h:.1f}" if r.saes else " | |"
+        lines.append(f"| {r.notebook} | {r.peak_gib:.1f} | {r.saes} | {through} |")
+    through = f"{t.sae_mtokens_full.sum():,.0f} | {t.model_mtokens_full.sum():,.0f} | {hours.sum():.0f}"
+    lines.append(f"| all | {t.peak_gib.max():.1f} | {t.saes.sum()} | {through} |")
+    names = "; ".join(f"[{path.name}](benchmarks/results/{path.name})" for path in (lite[0], pythia[0]))
+    return "\n".join([*lines, "", paragraph(
+        "Two CPU cores, without a GPU. Pythia-1.4B's shape on the same machine:",
+        f"{p.tokens_per_s['harvest 2, layer 16']:,.0f} tokens/s through 16 of 24 layers; a step of 4,096 tokens",
+        f"{p.seconds['topk, later steps']:.1f} s (SAE, 8x) and {p.seconds['topk+lookup, later steps']:.1f} s (TSAE); peak memory",
+        f"{p.peak_gib.max():.1f} GiB ({names}).")])
+
+
+BLOCKS = {"headline": headline, "status": status, "gallery": gallery, "scorecard": verdicts, "times": times,
+          "rehearsal": rehearsal, "nodes": nodes, "speed": speed}
 
 
 def fill(text: str) -> str:

@@ -93,8 +93,10 @@ def run(path: Path, redraw: bool, record: bool) -> float:
 
 
 def figures() -> Path:
-    """Where the profile's figures go."""
-    return Path(os.environ.get("TSAE_FIGURES") or HERE.parent / "figures") / os.environ["TSAE_PROFILE"]
+    """Where this run's figures go."""
+    from lab import settings  # loads torch: not before it is needed
+
+    return settings(os.environ["TSAE_PROFILE"])[1]
 
 
 def keep_times(seconds: dict[str, float]) -> None:
@@ -109,7 +111,7 @@ def keep_times(seconds: dict[str, float]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="*", help="notebook numbers; all by default")
-    parser.add_argument("--profile", default=None, help="smoke, mini (default) or record")
+    parser.add_argument("--profile", default=None, help="smoke, mini (default), record, gpt2-lite, gpt2 or pythia")
     parser.add_argument("--redraw", action="store_true", help="only draw, from the CSVs (default profile: record)")
     parser.add_argument("--record", action="store_true", help="profile record, and keep the executed notebooks")
     args = parser.parse_args()
@@ -118,9 +120,9 @@ def main() -> None:
     os.environ["TSAE_TEXT_PROGRESS"] = "1"
     if args.record and args.profile not in (None, "record"):
         raise SystemExit("--record keeps notebooks executed at profile record: leave --profile out")
-    if args.record and any(os.environ.get(v) for v in ("TSAE_MODEL", "TSAE_CORPUS", "TSAE_FIGURES")):
-        raise SystemExit("--record is for the testbed: unset TSAE_MODEL, TSAE_CORPUS and TSAE_FIGURES")
-    for name in ("TSAE_MODEL", "TSAE_CORPUS", "TSAE_FIGURES", "TSAE_CACHE"):  # relative to where the user typed them
+    if args.record and any(os.environ.get(v) for v in ("TSAE_MODEL", "TSAE_CORPUS", "TSAE_PUBLISHED", "TSAE_BUDGET", "TSAE_FIGURES")):
+        raise SystemExit("--record is for the testbed: unset TSAE_MODEL, TSAE_CORPUS, TSAE_PUBLISHED, TSAE_BUDGET and TSAE_FIGURES")
+    for name in ("TSAE_MODEL", "TSAE_CORPUS", "TSAE_PUBLISHED", "TSAE_FIGURES", "TSAE_CACHE"):  # relative to where the user typed them
         value = os.environ.get(name)
         if value and (name in ("TSAE_FIGURES", "TSAE_CACHE") or Path(value).exists()):
             os.environ[name] = str(Path(value).resolve())

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (
     GPT2Config,
@@ -85,3 +87,24 @@ def rows(texts, lm):
     import tsae_utils as tu
 
     return tu.token_rows(texts, lm, 16)
+
+
+def res_jb(folder: Path, weights: dict[str, torch.Tensor], hook: str, **changes) -> Path:
+    """A folder in the layout of one of jbloom/GPT2-Small-SAEs-Reformatted: W_enc, b_enc, W_dec, b_dec, SAELens before version 6."""
+    folder.mkdir(parents=True)
+    d_in, d_sae = weights["W_enc"].shape
+    cfg = {"model_name": "gpt2-small", "hook_point": hook, "hook_point_layer": int(hook.split(".")[1]), "hook_point_head_index": None,
+           "dataset_path": "Skylion007/openwebtext", "is_dataset_tokenized": False, "context_size": 128, "use_cached_activations": False,
+           "d_in": d_in, "d_sae": d_sae, "l1_coefficient": 8e-5, "lr": 4e-4,
+           "from_pretrained_path": None, "dtype": "torch.float32", "device": "cuda", **changes}
+    (folder / "cfg.json").write_text(json.dumps(cfg))
+    save_file({n: weights[n].detach().contiguous() for n in ("W_enc", "b_enc", "W_dec", "b_dec")}, folder / "sae_weights.safetensors")
+    save_file({"sparsity": torch.zeros(d_sae)}, folder / "sparsity.safetensors")
+    return folder
+
+
+def good_sae(d_in: int, rank: int | None = None) -> dict[str, torch.Tensor]:
+    """Weights of a ReLU SAE that reconstructs 0.9 x: plus and minus of an orthogonal basis (of `rank` directions)."""
+    basis = torch.linalg.qr(torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(0)))[0][: rank or d_in]
+    W_dec = torch.cat([basis, -basis])
+    return {"W_enc": W_dec.T, "b_enc": torch.zeros(len(W_dec)), "W_dec": 0.9 * W_dec, "b_dec": torch.zeros(d_in)}

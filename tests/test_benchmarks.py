@@ -39,6 +39,21 @@ def test_planted_activations_are_sparse_features_and_token_vectors(data):
     assert 0.1 < explained < 0.7, "a token's vector holds a part of the norm"
 
 
+def test_nobody_starts_at_the_planted_features(data):
+    """A planted dictionary drawn from the numbers that an SAE is drawn from would be handed to it."""
+    d = load_file(data)
+    x, mean = d["heldout"].float(), d["train"].float().mean(0)
+
+    def untrained(W_dec: torch.Tensor) -> float:
+        values, index = ((x - mean) @ W_dec.T).topk(4)
+        return tu.reconstruction_error(x, mean + torch.zeros(len(x), len(W_dec)).scatter(1, index, values) @ W_dec).nmse
+
+    torch.manual_seed(0)  # as the peers are started
+    peer = untrained(torch.nn.functional.normalize(torch.randn(128, 32), dim=-1))
+    ours = [untrained(tu.TSAE(tu.TSAEConfig(d_in=32, d_sae=128, k=4, seed=seed)).W_dec.detach()) for seed in range(20)]
+    assert [peer, *ours] == pytest.approx([sum(ours) / len(ours)] * 21, rel=0.1)
+
+
 def test_systems_are_compared_at_the_loss_they_reach(data):
     """Ours and plain PyTorch learn the same thing from the same batches; the table, which alone sees tokens, learns more."""
     found = {s: worker.train_step(arguments(data, system=s), "cpu") for s in ("ours", "dense", "ours+table", "ours+table by rows")}

@@ -15,7 +15,7 @@ from transformer_lens.model_bridge import TransformerBridge
 
 import interop
 import tsae_utils as tu
-from conftest import VOCAB
+from conftest import VOCAB, good_sae, res_jb
 
 HOOK = "blocks.2.hook_resid_pre"
 
@@ -140,38 +140,20 @@ def test_what_does_not_belong_is_refused(bridge_and_lm):
             pass
 
 
-def res_jb(folder: Path, sae: tu.TSAE, **changes) -> Path:
-    """A folder in the layout of jbloom/GPT2-Small-SAEs-Reformatted."""
-    folder.mkdir()
-    cfg = {"model_name": "gpt2-small", "hook_point": HOOK, "hook_point_layer": 2, "hook_point_head_index": None,
-           "dataset_path": "Skylion007/openwebtext", "is_dataset_tokenized": False, "context_size": 128, "use_cached_activations": False,
-           "d_in": 32, "d_sae": 40, "l1_coefficient": 8e-5, "lr": 4e-4,
-           "from_pretrained_path": None, "dtype": "torch.float32", "device": "cuda", **changes}
-    (folder / "cfg.json").write_text(json.dumps(cfg))
-    save_file({n: getattr(sae, n).detach().contiguous() for n in ("W_enc", "b_enc", "W_dec", "b_dec")}, folder / "sae_weights.safetensors")
-    save_file({"sparsity": torch.zeros(40)}, folder / "sparsity.safetensors")
-    return folder
-
-
 def test_res_jb_is_read_and_refused_where_it_does_not_fit(tmp_path, lm, rows):
-    x = lm.activations(rows[:8].long(), [2])[2].flatten(0, 1)
-    good = some_sae("relu", vocab=None)
-    with torch.no_grad():  # an SAE that reconstructs: plus and minus of an orthogonal basis
-        basis = torch.linalg.qr(torch.randn(32, 32))[0][:20]
-        good.W_dec.copy_(torch.cat([basis, -basis]))
-        good.W_enc_FD.copy_(good.W_dec)
-        good.b_enc.zero_()
-        good.b_dec.copy_(x.mean(0))
-    sae = interop.check_fit(interop.from_pretrained(res_jb(tmp_path / "good", good)), lm, rows[:8])
+    x, good = lm.activations(rows[:8].long(), [2])[2].flatten(0, 1), good_sae(32, 20)
+    good["b_dec"] = x.mean(0)
+    sae = interop.check_fit(interop.from_pretrained(res_jb(tmp_path / "good", good, HOOK)), lm, rows[:8])
     assert sae.cfg.activation == "relu" and sae.cfg.hook_name == HOOK and sae.cfg.context_size == 128 and sae.cfg.model_name == "gpt2-small"
-    assert torch.equal(sae.encode(x), good.encode(x))
+    assert torch.allclose(sae.encode(x), ((x - good["b_dec"]) @ good["W_enc"]).relu(), atol=1e-5)
+    bad = good | {"W_enc": torch.randn(32, 40), "W_dec": torch.randn(40, 32)}
     with pytest.raises(ValueError, match=r"FVU .* is above 0.5: the SAE was trained on another"):
-        interop.check_fit(tu.load(res_jb(tmp_path / "bad", some_sae("relu", vocab=None))), lm, rows[:8])
-    topk = tu.load(res_jb(tmp_path / "topk", good, activation_fn_str="topk", activation_fn_kwargs={"k": 3}))
+        interop.check_fit(tu.load(res_jb(tmp_path / "bad", bad, HOOK)), lm, rows[:8])
+    topk = tu.load(res_jb(tmp_path / "topk", good, HOOK, activation_fn_str="topk", activation_fn_kwargs={"k": 3}))
     assert topk.cfg.activation == "topk" and topk.cfg.k == 3
     for key, value, told in (("activation_fn_str", "tanh-relu", "expected relu or topk"), ("normalize_activations", True, "fold it into")):
         with pytest.raises(ValueError, match=told):
-            tu.load(res_jb(tmp_path / f"{key}", good, **{key: value}))
+            tu.load(res_jb(tmp_path / f"{key}", good, HOOK, **{key: value}))
 
 
 @pytest.mark.parametrize("activation", ["relu", "topk", "jumprelu", "gated"])
@@ -240,7 +222,7 @@ def test_a_hundred_and_fifty_damaged_folders_give_one_sentence_each(tmp_path, ki
     """
     folder, rng = tu.save(some_sae(kind), tmp_path / "s"), random.Random(0)
     if kind == "relu":
-        (folder / "cfg.json").write_bytes((res_jb(tmp_path / "old", some_sae("relu")) / "cfg.json").read_bytes())
+        (folder / "cfg.json").write_bytes((res_jb(tmp_path / "old", good_sae(32, 20), HOOK) / "cfg.json").read_bytes())
     whole = {f.name: f.read_bytes() for f in folder.iterdir()}
     weights, cfg = load_file(folder / "sae_weights.safetensors"), json.loads(whole["cfg.json"])
     strange = [None, True, -1, 0, 1.5, 10**12, "x", "../../etc/passwd", [], {}, [1] * 50, float("nan")]

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from conftest import MODELS, ROOT, VOCAB, word_tokenizer
+from conftest import MODELS, ROOT, VOCAB, good_sae, res_jb, word_tokenizer
 
 
 def markov_texts(n: int) -> list[str]:
@@ -57,12 +57,19 @@ def test_every_notebook_on_another_model(tmp_path, kind, special):
     tokenizer.save_pretrained(tmp_path / kind)
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
     env = {**os.environ, "TSAE_MODEL": kind, "TSAE_CORPUS": "text.jsonl", "TSAE_FIGURES": "figures", "TSAE_CACHE": "cache"}
+    if kind == "neox":  # and with published SAEs of its layers, in RES-JB's layout
+        for layer in range(3):
+            res_jb(tmp_path / "saes" / f"blocks.{layer}.hook_resid_pre", good_sae(32), f"blocks.{layer}.hook_resid_pre")
+        env["TSAE_PUBLISHED"] = "saes"
     command = [sys.executable, str(ROOT / "notebooks" / "run.py"), "--profile", "smoke"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     out = tmp_path / "figures" / f"smoke-{kind}"
     claims = pd.read_csv(out / "claims.csv", dtype=str)
     assert (claims.model == kind).all() and len(claims) > 10
+    for id in ("fig2_unigram_mse", "fig4_feature_sharing", "fig7_feature_width", "tab1_feature_study", "tab1_feature_study_first21"):
+        assert ("published" in set(pd.read_csv(out / f"{id}.csv").system)) == (kind == "neox"), id
+    assert (pd.read_csv(out / "fig3_unigram_activations.csv").d_sae == (64 if kind == "neox" else 32)).all()
     cosine = pd.read_csv(out / "fig5_ngram_patching.csv").query("row == 'mean' and measure == 'mean removed' and layer == 3")
     by_suffix = cosine[cosine.n == 3].set_index("suffix").cosine
     assert by_suffix["true"] > by_suffix["random"] + 0.2, "in a Markov chain the last words decide"
