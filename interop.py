@@ -114,7 +114,7 @@ def attach(model: Any, sae: tu.TSAE, edit: Edit | None = None, error_term: bool 
 
 
 def check_fit(sae: tu.TSAE, lm: tu.LanguageModel, rows_RL: Tensor, max_fvu: float = 0.5) -> tu.TSAE:
-    """The SAE itself, if it fits the model. Raises ValueError where its FVU on the rows is above `max_fvu`.
+    """The SAE itself, on the model's device, if it fits the model. Raises ValueError where its FVU on the rows is above `max_fvu`.
 
     A published SAE on another model, layer or form of the stream (RES-JB wants the centred one) gives no error of its
     own, only garbage.
@@ -124,7 +124,7 @@ def check_fit(sae: tu.TSAE, lm: tu.LanguageModel, rows_RL: Tensor, max_fvu: floa
         raise ValueError(f"the SAE's d_in is {sae.cfg.d_in}, the model's width {lm.d_model}: it belongs to another model")
     if sae.lookup is not None:
         sae.lookup.check_vocabulary(lm.n_vocab)
-    x, x_hat = [], []
+    x, x_hat, sae = [], [], sae.to(lm.device)
     for ids in rows_RL.long().split(8):
         keep = tu.keep_mask(ids, lm)
         x.append(lm.activations(ids, [layer], bf16=False)[layer][keep.to(lm.device)])
@@ -144,7 +144,7 @@ def from_pretrained(name_or_folder: str | Path, subfolder: str = "", revision: s
     where neither is there, ValueError for a damaged one.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.errors import HFValidationError, HTTPError
 
     local = Path(name_or_folder).expanduser()
     if local.is_dir():
@@ -152,7 +152,7 @@ def from_pretrained(name_or_folder: str | Path, subfolder: str = "", revision: s
     wanted = [f"{subfolder}/{f}" if subfolder else f for f in tu.FILES]
     try:
         folder = Path(snapshot_download(str(name_or_folder), revision=revision, allow_patterns=wanted))
-    except (OSError, HFValidationError) as error:
+    except (OSError, HTTPError, HFValidationError) as error:
         raise FileNotFoundError(f"{name_or_folder}: no such folder, and the hub did not give {', '.join(wanted)}: check name and network, "
                                 f"or give a local copy ({type(error).__name__})") from error
     return tu.load(folder / subfolder)

@@ -266,6 +266,7 @@ def load_lm(name_or_path: str | Path, device: str | None = None, bf16: bool | No
 
     Raises FileNotFoundError where neither exists, ValueError where the BOS id lies outside the embedding.
     """
+    from huggingface_hub.errors import HTTPError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     name, revision = hub_name(name_or_path)
@@ -279,7 +280,7 @@ def load_lm(name_or_path: str | Path, device: str | None = None, bf16: bool | No
         model = AutoModelForCausalLM.from_pretrained(str(path), revision=revision, dtype=torch.float32)
     except SafetensorError as error:
         raise ValueError(f"the weights in {path} are damaged ({error}): fetch them again") from error
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         raise FileNotFoundError(f"could not load the model {str(name_or_path)!r}: it is neither a local folder with config, tokenizer and "
                                 "weights nor a hub model that can be reached: check name and network, or give a local copy "
                                 f"({str(error).splitlines()[0]})") from error
@@ -295,6 +296,7 @@ def read_documents(source: str | Path, text_column: str = "text") -> Iterator[st
     os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # without it even a local file is reported to the hub
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
+    from huggingface_hub.errors import HTTPError
 
     kinds = {".txt": "text", ".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet"}
     path = Path(source).expanduser()
@@ -324,7 +326,7 @@ def read_documents(source: str | Path, text_column: str = "text") -> Iterator[st
         raise ValueError(f"{source}: {error.args[0]}") from None
     except (ValueError, DatasetGenerationError) as error:
         raise ValueError(f"cannot read {source}: expected .txt, .jsonl or .parquet with a column {text_column!r} ({error})") from error
-    except OSError as error:
+    except (OSError, HTTPError) as error:
         raise FileNotFoundError(f"the data set {str(source)!r} is neither a local file nor one the hub gave: check the name and the "
                                 f"network, or give a local copy ({error})") from error
 

@@ -73,26 +73,31 @@ def notebooks(work: Path, tokenizer: Path, text: Path, profile: str, share: floa
         make_published(work / "published", (5, 8, 11) if profile == "gpt2" else (8,))
     env = {**os.environ, "TSAE_MODEL": str(work / "gpt2-shape"), "TSAE_CORPUS": str(text), "TSAE_PUBLISHED": str(work / "published"),
            "TSAE_BUDGET": f"{share:g}", "TSAE_CACHE": str(work / "cache"), "TSAE_FIGURES": str(work / "figures")}
-    rows = pd.read_csv(out).to_dict("records") if out.exists() else []
+    kept = work / "rows.csv"  # of this rehearsal, whatever day it is
+    rows = pd.read_csv(kept).to_dict("records") if kept.exists() else []
     for path in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")):
         if path.stem in {r["notebook"] for r in rows}:
             continue
-        before, started = set(trained(work / "cache")), time.time()
+        earlier = {name for r in rows for name in str(r["folders"]).split()}
+        started = time.time()
         command = [sys.executable, str(HERE / "rehearsal.py"), "one", path.stem[:2], profile]
         done = subprocess.run(command, env=env, capture_output=True, text=True)
         if done.returncode:
             raise SystemExit(f"{path.stem} failed: {done.stderr[-3000:]}")
-        new = [r for name, r in trained(work / "cache").items() if name not in before]
+        new = {name: r for name, r in trained(work / "cache").items() if name not in earlier}
+        folders, new = " ".join(new), list(new.values())
         steps = [(r["step"] + 1) * 4096 for r in new]
         rows.append({
             "notebook": path.stem, "profile": profile, "share": share, "seconds": time.time() - started,
             "peak_gib": float(done.stdout.strip().splitlines()[-1]), "saes": len(new),
             "sae_mtokens_full": sum(r["tokens"] for r in new) / share / 1e6,
             "model_mtokens_full": sum(r["tokens"] / r["pass"]["saes"] for r in new) / share / 1e6,
-            "sae_seconds_full": sum(r["seconds"] / n * r["tokens"] for r, n in zip(new, steps, strict=True)) / share})
-        pd.DataFrame(rows).to_csv(out, index=False, float_format="%.5g")
-        print(pd.DataFrame(rows[-1:]).to_string(index=False, header=len(rows) == 1), flush=True)
-    return pd.DataFrame(rows)
+            "sae_seconds_full": sum(r["seconds"] / n * r["tokens"] for r, n in zip(new, steps, strict=True)) / share, "folders": folders})
+        table = pd.DataFrame(rows)
+        table.to_csv(kept, index=False)
+        table.drop(columns="folders").to_csv(out, index=False, float_format="%.5g")
+        print(table.drop(columns="folders").tail(1).to_string(index=False, header=len(rows) == 1), flush=True)
+    return table
 
 
 def one(number: str, profile: str) -> None:

@@ -37,7 +37,8 @@ class Text:
 
 
 def read_text(lab: Lab, layer: int, tokens: int, split: str = "heldout") -> Text:
-    ids = lab.rows(split, tokens).long()
+    """At most the first `study_context` positions of each row, so that every SAE knows them."""
+    ids = lab.rows(split, tokens)[:, : lab.study_context].long()
     keep = tu.keep_mask(ids, lab.lm)
     x = torch.cat([lab.lm.activations(part, [layer])[layer][k.to(lab.lm.device)]
                    for part, k in zip(ids.split(32), keep.split(32), strict=True)])
@@ -132,6 +133,12 @@ def common_grams(lab: Lab, n: int, limit: int) -> tuple[Tensor, np.ndarray]:
     first = torch.full((len(count),), len(grams)).scatter_reduce_(0, key, torch.arange(len(grams)), "amin")
     top = count.topk(min(limit, len(count))).indices
     return grams[first[top]], count[top].numpy()
+
+
+def token_counts(lab: Lab) -> Tensor:
+    """How often each token occurs [V], on the rows of `common_grams`."""
+    grams, count = common_grams(lab, 1, lab.lm.n_vocab)
+    return torch.zeros(lab.lm.n_vocab, dtype=torch.int64).index_put((grams[:, 0],), torch.from_numpy(count))
 
 
 def logit_directions(lm: tu.LanguageModel) -> Tensor:

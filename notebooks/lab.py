@@ -76,6 +76,7 @@ class Profile:
     buffer_tokens: int = 2**17
     lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # the grid of every system
     lr_tokens: int = 1_000_000  # a run of the search
+    table_lrs: tuple[float, ...] = ()  # more rates for figure 6's table-only, whose one rate is the table's
     sae_lr: float = 8e-3  # where a notebook has no search of its own: what figure 6's chose (fig6_pareto_lr.csv)
     tsae_lr: float = 4e-3
     lr_end: float = 0.0  # learning rates fall to this share
@@ -102,10 +103,10 @@ GPT2 = Profile(  # the paper's settings, where they are known; seeds and the res
     corpus="allenai/c4:en@1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
     ngram_corpus="Skylion007/openwebtext:plain_text@79d93d786212f7344586290adb811d4ae6a1762c",
     published="jbloom/GPT2-Small-SAEs-Reformatted@57d08a4fd333fbf18caf3fbea63ceeb88e2f50d9",
-    ks=(5, 10, 20, 30, 50), k=30, tokens=300_000_000, probe_tokens=60_000_000, lrs=(1e-4,), sae_lr=1e-4, tsae_lr=1e-4, lr_end=0.3,
-    l1s=(8.0, 16.0, 32.0, 64.0), architecture_tokens=300_000_000, eval_tokens=100_000, speedup_depths=tuple(i / 12 for i in range(5, 12)),
+    ks=(5, 10, 20, 30, 50), k=30, tokens=300_000_000, probe_tokens=60_000_000, lrs=(1e-4,), table_lrs=(1e-3, 1e-2), sae_lr=1e-4,
+    tsae_lr=1e-4, lr_end=0.3, l1s=(8.0, 16.0, 32.0, 64.0), architecture_tokens=300_000_000, eval_tokens=100_000, speedup_depths=tuple(i / 12 for i in range(5, 12)),
     budgets=(75_000_000, 300_000_000), curve_tokens=20_000, curve_points=16, ablation_tokens=131_000_000, feature_tokens=300_000,
-    ngram_tokens=100_000_000, ngrams=35_000)
+    ngram_tokens=100_000_000, ngrams=35_000, gib=12.0)
 PROFILES = {
     "record": Profile("record"),
     "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 8e-3), lr_tokens=60_000,
@@ -120,7 +121,7 @@ PROFILES = {
                      feature_tokens=2_048, features=16),
     # a tenth of the tokens and one seed; the authors' rate is the lowest of the grid, as a short run may want a higher one
     "gpt2-lite": replace(GPT2, name="gpt2-lite", ks=(10, 30), seeds=(0,), depths=(8 / 12,), tokens=30_000_000, probe_tokens=10_000_000,
-                         lrs=(1e-4, 4e-4, 1.6e-3), lr_tokens=3_000_000, sae_lr=4e-4, tsae_lr=4e-4, l1s=(8.0, 32.0),
+                         lrs=(1e-4, 4e-4, 1.6e-3), table_lrs=(1e-2,), lr_tokens=3_000_000, sae_lr=4e-4, tsae_lr=4e-4, l1s=(8.0, 32.0),
                          architecture_tokens=10_000_000, eval_tokens=50_000, speedup_depths=(8 / 12,), budgets=(7_500_000, 30_000_000),
                          curve_tokens=10_000, ablation_tokens=10_000_000, expansions=(4, 16, 32), feature_tokens=100_000,
                          ngram_tokens=30_000_000, ngrams=20_000),
@@ -132,9 +133,7 @@ PROFILES = {
 }
 CACHE_VERSION = {"batchtopk": 4}  # 3 for the others; raise when a change of code changes what training makes
 
-# On these a claim can be reproduced; elsewhere its effect is present or absent
-PAPER_MODELS = ("gpt2", "openai-community/gpt2", "EleutherAI/pythia-1.4b")
-PAPER_CORPORA = ("allenai/c4", "Skylion007/openwebtext")
+PAPER_PROFILES = ("gpt2", "pythia")  # here, unchanged, a claim can be reproduced; elsewhere its effect is present or absent
 
 # One look for each system in every figure: Okabe-Ito colours, told apart by marker too
 SYSTEMS = {
@@ -262,10 +261,9 @@ def settings(profile: str) -> tuple[Profile, Path]:
     """A profile as the environment changes it, and the folder of its figures."""
     if profile not in PROFILES:
         raise ValueError(f"unknown profile {profile!r}: TSAE_PROFILE must be one of {', '.join(PROFILES)}")
-    own = {k: os.environ[v] for k in ("model", "corpus", "published") if os.environ.get(v := f"TSAE_{k.upper()}")}
-    own |= {"ngram_corpus": ""} if "corpus" in own else {}
-    own = ({"published": ""} if "model" in own else {}) | own
-    p = replace(PROFILES[profile], **own)
+    own = {k: os.environ[v] for k in ("model", "corpus", "ngram_corpus", "published") if os.environ.get(v := f"TSAE_{k.upper()}")}
+    own = ({"ngram_corpus": ""} if "corpus" in own else {}) | ({"published": ""} if "model" in own else {}) | own
+    p = replace(PROFILES[profile], **own, gib=float(os.environ.get("TSAE_GIB") or PROFILES[profile].gib))
     name = f"{profile}-{Path(tu.hub_name(p.model)[0]).name}" if own else profile
     if share := os.environ.get("TSAE_BUDGET"):
         p, name = rehearsal(p, share), f"{name}-x{share}"
@@ -275,8 +273,9 @@ def settings(profile: str) -> tuple[Profile, Path]:
 class Lab:
     """The bench of one notebook. `Lab("fig6_pareto", "mini")` loads nothing until asked.
 
-    Environment: TSAE_MODEL, TSAE_CORPUS and TSAE_PUBLISHED replace the profile's model, corpus (figure 1's too) and published
-    SAEs (a model of one's own has none unless they are given), TSAE_FIGURES moves the output, TSAE_CACHE the trained SAEs,
+    Environment: TSAE_MODEL, TSAE_CORPUS, TSAE_NGRAM_CORPUS and TSAE_PUBLISHED replace the profile's model, corpus, corpus of figure 1
+    and published SAEs (without the last two a corpus of one's own serves figure 1 too, and a model of one's own has no
+    published SAEs), TSAE_FIGURES moves the output, TSAE_CACHE the trained SAEs, TSAE_GIB bounds the memory of SAEs in training,
     TSAE_BUDGET=0.001 takes that share of all token budgets, for a rehearsal. Raises ValueError for an unknown profile or a
     budget that is no share, FileNotFoundError for a missing model.
     """
@@ -286,9 +285,11 @@ class Lab:
         self.p, self.out = settings(profile)
         self.cache = testbed_corpus.cache_folder()
         self.claims: dict[str, dict] = {}
+        self._published: dict[int, tu.TSAE] = {}
         torch.manual_seed(0)
         plt.style.use(ROOT / "figures" / "tsae.mplstyle")
         what = f"{figure_id}: profile {profile}, model {self.p.model}, corpus {self.p.corpus}"
+        what += f", published SAEs {self.p.published}" if self.p.published else ""
         print(f"{what}, {torch.get_num_threads()} threads")
 
     # -- model and text --
@@ -303,6 +304,10 @@ class Lab:
     @cached_property
     def model_name(self) -> str:
         return Path(tu.hub_name(self.p.model)[0]).name
+
+    @property
+    def corpus_name(self) -> str:
+        return "software documentation" if self.p.corpus == "testbed" else public_name(self.p.corpus)
 
     @cached_property
     def weights_sha256(self) -> str:
@@ -405,17 +410,23 @@ class Lab:
 
     def published(self, layer: int) -> dict[str, tu.TSAE]:
         """{"published": SAE} of a layer, {} where the profile names none. Raises ValueError where it does not fit the model."""
-        if not self.p.published:
-            return {}
-        name, revision = tu.hub_name(self.p.published)
-        sae = interop.from_pretrained(name, self.hook(layer), revision).to(self.lm.device)
-        print(f"published SAE: {public_name(name)}, {self.hook(layer)}, {sae.cfg.d_sae:,} features ({sae.cfg.activation})")
-        rows = self.rows("heldout", 8 * self.context_size)[:, : max(2, sae.cfg.context_size)]
-        return {"published": interop.check_fit(sae, self.lm, rows)}
+        if self.p.published and layer not in self._published:
+            name, revision = tu.hub_name(self.p.published)
+            sae = interop.from_pretrained(name, self.hook(layer), revision)
+            print(f"published SAE: {public_name(name)}, {self.hook(layer)}, {sae.cfg.d_sae:,} features, context {sae.cfg.context_size}")
+            rows = self.rows("heldout", 8 * self.context_size)[:, : max(2, sae.cfg.context_size)]
+            self._published[layer] = interop.check_fit(sae, self.lm, rows)
+        return {"published": self._published[layer]} if self.p.published else {}
+
+    @cached_property
+    def study_context(self) -> int:
+        """Positions of a row on which features are studied: those that a published SAE was trained on, else all."""
+        trained = [sae.cfg.context_size for sae in self.published(self.layer).values() if sae.cfg.context_size > 1]
+        return min([self.context_size, *trained])
 
     def unigrams(self, layer: int) -> torch.Tensor:
         """A([BOS, t])_1 of every token [V, D], cached on disk."""
-        path = self.cache / f"unigrams-{self.lm.fingerprint}-{layer}.safetensors"
+        path = self.cache / f"unigrams-{self.lm.fingerprint}-{layer}{'' if self.lm.bf16 else '-fp32'}.safetensors"
         if not path.exists():
             save_atomically({"unigrams": tu.unigram_activations(self.lm, self.hook(layer), progress=True)}, path)
         return tu.load_file(path)["unigrams"].to(self.lm.device)
@@ -482,8 +493,9 @@ class Lab:
         """The arms in groups that fit into the profile's `gib` together, one arm at least; says what each group takes."""
         groups, free, most = [], 0.0, 0.0
         for name, arm in arms.items():
-            parameters = arm.d_sae * (2 * self.lm.d_model + 1) + bool(arm.start) * self.lm.n_vocab * self.lm.d_model
-            gib = 16 * parameters / 2**30  # fp32 weights, gradients and Adam's two moments
+            table = bool(arm.start) * self.lm.n_vocab * self.lm.d_model
+            parameters = arm.d_sae * (2 * self.lm.d_model + 1) + table
+            gib = (16 * parameters + 4 * table * (arm.curve > 0)) / 2**30  # fp32 weights, gradients, Adam's two; a curve keeps the start
             if not groups or gib > free:
                 groups, free = [*groups, {}], self.p.gib
             groups[-1][name], free = arm, free - gib
@@ -571,9 +583,9 @@ class Lab:
     def verdict(self, id: str, ours: str, holds: bool | None, n_seeds: int = 1, direction: bool = False) -> str:
         """Judge a declared claim: `holds` by its rule, None where it could not be tested here.
 
-        `direction`: the rule fails but the sign is the paper's (told apart on the paper's own models only).
+        `direction`: the rule fails but the sign is the paper's (told apart at the paper's own settings only).
         """
-        if tu.hub_name(self.p.model)[0] in PAPER_MODELS and self.p.corpus.startswith(PAPER_CORPORA):
+        if self.p in [replace(PROFILES[name], gib=self.p.gib) for name in PAPER_PROFILES]:
             word = "reproduced" if holds else "direction only" if direction else "not reproduced"
         else:
             word = "effect present" if holds else "effect absent"

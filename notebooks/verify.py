@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from lab import PROFILES, ROOT, corpus_key, public_name
+from lab import PROFILES, ROOT, corpus_key, public_name, settings
 from PIL import Image
 
 WEIGHTS = {  # SHA-256 of model.safetensors
@@ -40,6 +40,21 @@ def files(folder: Path) -> list[str]:
         for name in (f"{id}.csv", f"{id}.json", f"{id}.pdf", f"{id}.png", f"{id}_claims.csv"):
             if not (folder / name).is_file() or (folder / name).stat().st_size == 0:
                 wrong.append(f"{name} is missing or empty: run its notebook")
+    for path in sorted(folder.glob("*.csv")):
+        try:
+            if pd.read_csv(path).empty:
+                wrong.append(f"{path.name} has no rows")
+        except ValueError as error:  # pandas's errors of parsing are ValueErrors
+            wrong.append(f"{path.name} is no table ({error})")
+    for path in sorted(folder.glob("*.json")):
+        try:
+            if not isinstance(json.loads(path.read_text())["profile"], dict):
+                wrong.append(f"{path.name} names no profile")
+        except (ValueError, KeyError, TypeError) as error:
+            wrong.append(f"{path.name} is no record of a run ({error!r})")
+    for path in sorted(folder.glob("*_claims.csv")) if not wrong else []:
+        if missing := {*RULES, "ours", "n_seeds", "model", "verdict"} - set(pd.read_csv(path)):
+            wrong.append(f"{path.name} lacks {', '.join(sorted(missing))}")
     for path in sorted(folder.glob("*.png")):
         try:
             Image.open(path).verify()
@@ -56,6 +71,7 @@ def runs(folder: Path, profile: str) -> list[str]:
     wrong, found = [], {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     p = PROFILES[profile]
     expected = json.loads(json.dumps(asdict(p))) | {k: public_name(getattr(p, k)) for k in ("model", "corpus", "ngram_corpus", "published")}
+    expected.pop("gib")  # how many passes it took changes no number
     for id, run in found.items():
         for name, value in expected.items():
             if run["profile"].get(name) != value:
@@ -65,7 +81,7 @@ def runs(folder: Path, profile: str) -> list[str]:
     for name in ("model", "model_hash", "weights_sha256", "corpus_hash", "torch"):
         if len(values := {str(run.get(name)) for run in found.values()}) > 1:
             wrong.append(f"{name} differs between notebooks: {', '.join(sorted(values))}")
-    if p.corpus != "testbed" and any(run["corpus_hash"] != corpus_key(p.corpus) for run in found.values()):
+    if p.corpus != "testbed" and any(run.get("corpus_hash") != corpus_key(p.corpus) for run in found.values()):
         wrong.append(f"the corpus is not {p.corpus}")
     return wrong
 
@@ -109,8 +125,9 @@ if __name__ == "__main__":
     profile = sys.argv[1] if len(sys.argv) > 1 else "gpt2"
     if profile not in PROFILES:
         sys.exit(f"unknown profile {profile!r}: there are {', '.join(PROFILES)}")
-    problems = verify(ROOT / "figures" / profile, profile)
+    folder = settings(profile)[1]
+    problems = verify(folder, profile)
     if not WEIGHTS[PROFILES[profile].model]:
         print(f"the SHA-256 of {PROFILES[profile].model} is not known here: compare the records' weights_sha256 with the hub's page")
-    print("\n".join(problems) or f"figures/{profile}: in order, {len(ids())} notebooks")
+    print("\n".join(problems) or f"{folder}: in order, {len(ids())} notebooks")
     sys.exit(bool(problems))

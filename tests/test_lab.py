@@ -7,11 +7,12 @@ import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from lab import HALF, LOOKUP, PROFILES, Arm, Lab, bootstrap_interval, paired_interval, scorecard, tu
+from lab import GPT2, HALF, LOOKUP, PROFILES, Arm, Lab, bootstrap_interval, paired_interval, scorecard, tu
 
 from conftest import ROOT, save_model
 
@@ -103,10 +104,13 @@ def test_claims_must_be_judged(lab):
 
 def test_only_the_papers_models_can_reproduce(lab):
     lab.declare("a", "claim", "source", "rule", "1")
-    lab.p = PROFILES["smoke"].__class__(**{**lab.p.__dict__, "model": "gpt2"})
     lab.model_name = "gpt2"
-    assert lab.verdict("a", "1", True) == "effect present", "another corpus than the paper's"
-    lab.p = PROFILES["smoke"].__class__(**{**lab.p.__dict__, "corpus": "allenai/c4:en"})
+    for name, changes, why in (("smoke", {"model": GPT2.model, "corpus": GPT2.corpus}, "another budget"),
+                               ("gpt2-lite", {}, "a tenth of the budget"), ("gpt2", {"corpus": "text.jsonl"}, "another corpus"),
+                               ("gpt2", {"model": "gpt2-medium"}, "another model"), ("gpt2", {"tokens": 300_000}, "a rehearsal")):
+        lab.p = replace(PROFILES[name], **changes)
+        assert lab.verdict("a", "1", True) == "effect present" and lab.verdict("a", "1", False) == "effect absent", why
+    lab.p = replace(GPT2, gib=4.0)
     assert [lab.verdict("a", "1", h, direction=d) for h, d in ((True, False), (False, True), (False, False))] == [
         "reproduced", "direction only", "not reproduced"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import builtins
 import json
 import os
 import re
@@ -15,6 +17,7 @@ import nbformat
 import pandas as pd
 import pytest
 import readme
+from run import REDRAW_TAGS
 
 import tsae_utils as tu
 from conftest import ROOT
@@ -68,6 +71,17 @@ def test_rules_for_a_notebook(path):
     assert not re.search(r"^\s*[!%]|os\.chdir|pip install", source, re.M)
     assert all(len(c.source.splitlines()) <= 30 for c in cells if c.cell_type == "code"), "cells are short"
     assert f'Lab("{figure_id(path)}"' in source, "the figure's id is the middle of the notebook's name"
+
+
+@by_name
+def test_figures_are_drawn_from_what_redraw_runs(path):
+    """`make redraw` runs bootstrap, parameters and figure cells only: no figure may lean on another cell."""
+    cells = [c for c in read(path).cells if c.cell_type == "code" and REDRAW_TAGS & set(c.metadata.get("tags", []))]
+    names = [n for c in cells for n in ast.walk(ast.parse(c.source))]
+    bound = {n.id for n in names if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
+    bound |= {n.arg for n in names if isinstance(n, ast.arg)} | {n.name for n in names if isinstance(n, ast.FunctionDef)} | set(dir(builtins))
+    bound |= {(a.asname or a.name).split(".")[0] for n in names if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+    assert {n.id for n in names if isinstance(n, ast.Name)} <= bound, sorted({n.id for n in names if isinstance(n, ast.Name)} - bound)
 
 
 @by_name

@@ -6,10 +6,12 @@ import json
 import re
 import shutil
 
+import features as ft
 import pandas as pd
 import pytest
 import torch
 import verify
+from huggingface_hub.errors import HTTPError
 from lab import GPT2, LOOKUP, PROFILES, ROOT, Arm, Lab, rehearsal, tu
 
 from conftest import good_sae, res_jb, save_model
@@ -65,11 +67,12 @@ def test_the_commit_reaches_every_download(tmp_path, monkeypatch):
     def refuse(kind):
         def call(name, *args, revision=None, **kwargs):
             asked[kind] = (str(name), kwargs.get("name"), revision)
-            raise OSError("no network")
+            raise HTTPError("no network")  # as behind a proxy that is gone: no OSError
 
         return call
 
-    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", refuse("tokenizer"))
+    monkeypatch.setattr("transformers.AutoTokenizer.from_pretrained", lambda name, revision: asked.update(tokenizer=(name, None, revision)))
+    monkeypatch.setattr("transformers.AutoModelForCausalLM.from_pretrained", refuse("model"))
     monkeypatch.setattr("datasets.load_dataset", refuse("corpus"))
     monkeypatch.setattr("huggingface_hub.snapshot_download", refuse("sae"))
     monkeypatch.delenv("TSAE_MODEL", raising=False)
@@ -82,8 +85,11 @@ def test_the_commit_reaches_every_download(tmp_path, monkeypatch):
         next(bench.documents("sae"))
     with pytest.raises(FileNotFoundError, match=rf"hub did not give blocks\.8.*{told}"):
         bench.published(8)
-    assert asked["tokenizer"] == ("openai-community/gpt2", None, GPT2.model.split("@")[1])
+    assert asked["tokenizer"] == asked["model"] == ("openai-community/gpt2", None, GPT2.model.split("@")[1])
     assert asked["corpus"] == ("allenai/c4", "en", GPT2.corpus.split("@")[1])
+    with pytest.raises(FileNotFoundError, match="openwebtext:plain_text@79d9"):
+        next(bench.documents("sae", bench.p.ngram_corpus))
+    assert asked["corpus"] == ("Skylion007/openwebtext", "plain_text", GPT2.ngram_corpus.split("@")[1])
     assert asked["sae"][0] == "jbloom/GPT2-Small-SAEs-Reformatted" and asked["sae"][2] == GPT2.published.split("@")[1]
 
 
@@ -131,6 +137,18 @@ def test_published_saes_are_measured_or_refused(tmp_path, bench):
     assert lab.paper_sae == "published" and torch.allclose(sae(x, None).x_hat, 0.9 * x, atol=1e-4)
     with pytest.raises(ValueError, match=r"FVU .* is above 0.5"):
         lab.published(2)
+    short = res_jb(tmp_path / "short" / "blocks.2.hook_resid_pre", good_sae(32), "blocks.2.hook_resid_pre", context_size=8)
+    lab = bench(PUBLISHED=short.parent)
+    assert lab.layer == 2 and lab.study_context == 8 and ft.read_text(lab, 2, 500).ids.shape[1] == 8, "no further than it was trained"
+
+
+def test_counts_of_tokens_are_those_of_the_ngrams(bench):
+    lab = bench()
+    rows = lab.train_rows
+    expected = torch.bincount(rows[tu.keep_mask(rows, lab.lm)].long(), minlength=lab.lm.n_vocab)
+    assert torch.equal(ft.token_counts(lab), expected)
+    lab.p = lab.p.__class__(**{**lab.p.__dict__, "ngram_tokens": 20 * lab.context_size})
+    assert 0 < ft.token_counts(lab).sum() < expected.sum() and ft.token_counts(lab).sum() > ft.common_grams(lab, 2, 10**6)[1].sum()
 
 
 def test_rows_of_another_corpus_are_read_once(bench, monkeypatch):
@@ -173,6 +191,9 @@ def change_claims(path, column, value):
     (lambda f: change_claims(f / "tour_claims.csv", "rule", "anything goes"), "tour-lower: its wording or rule is not the committed one"),
     (lambda f: change_claims(f / "tour_claims.csv", "verdict", "surely"), "unknown verdict 'surely'"),
     (lambda f: change_claims(f / "claims.csv", "verdict", "effect absent"), "claims.csv is not what the notebooks' claims add up to"),
+    (lambda f: (f / "tour.json").write_text("{"), "tour.json is no record of a run"),
+    (lambda f: (f / "tour.csv").write_text("tokens,nmse\n"), "tour.csv has no rows"),
+    (lambda f: (f / "tour_claims.csv").write_text("id,claim\na,b\n"), "tour_claims.csv lacks model"),
     (lambda f: change_json(f / "tour.json", device="/home/someone/gpu"), "tour.json names a folder of its machine"),
 ])
 def test_what_is_not_in_order_is_told(tmp_path, contributed, break_it, told):
