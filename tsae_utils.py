@@ -307,8 +307,8 @@ def read_documents(source: str | Path, text_column: str = "text") -> Iterator[st
         raise ValueError(f"cannot read {bad[0]}: expected .txt, .jsonl or .parquet with a column {text_column!r}")
     if not files and (path.is_absolute() or path.suffix in kinds or str(source).startswith(".")):
         raise FileNotFoundError(f"no corpus at {path}: expected a .txt, .jsonl or .parquet file, a folder of them, or a hub id")
-    source, revision = hub_name(source)
-    kind, _, configuration = source.partition(":")
+    name, revision = hub_name(source)
+    kind, _, configuration = name.partition(":")
     options = {"name": configuration or None, "revision": revision}
     if files:
         kind, options = kinds[files[0].suffix], {"data_files": [str(f) for f in files]}

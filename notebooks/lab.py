@@ -103,10 +103,10 @@ GPT2 = Profile(  # the paper's settings, where they are known; seeds and the res
     corpus="allenai/c4:en@1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
     ngram_corpus="Skylion007/openwebtext:plain_text@79d93d786212f7344586290adb811d4ae6a1762c",
     published="jbloom/GPT2-Small-SAEs-Reformatted@57d08a4fd333fbf18caf3fbea63ceeb88e2f50d9",
-    ks=(5, 10, 20, 30, 50), k=30, tokens=300_000_000, probe_tokens=60_000_000, lrs=(1e-4,), table_lrs=(1e-3, 1e-2), sae_lr=1e-4,
-    tsae_lr=1e-4, lr_end=0.3, l1s=(8.0, 16.0, 32.0, 64.0), architecture_tokens=300_000_000, eval_tokens=100_000, speedup_depths=tuple(i / 12 for i in range(5, 12)),
-    budgets=(75_000_000, 300_000_000), curve_tokens=20_000, curve_points=16, ablation_tokens=131_000_000, feature_tokens=300_000,
-    ngram_tokens=100_000_000, ngrams=35_000, gib=12.0)
+    ks=(5, 10, 20, 30, 50), k=30, tokens=300_000_000, probe_tokens=60_000_000, lrs=(1e-4,), table_lrs=(1e-3, 1e-2),
+    sae_lr=1e-4, tsae_lr=1e-4, lr_end=0.3, l1s=(8.0, 16.0, 32.0, 64.0), architecture_tokens=300_000_000, eval_tokens=100_000,
+    speedup_depths=tuple(i / 12 for i in range(5, 12)), budgets=(75_000_000, 300_000_000), curve_tokens=20_000, curve_points=16,
+    ablation_tokens=131_000_000, feature_tokens=300_000, ngram_tokens=100_000_000, ngrams=35_000, gib=12.0)
 PROFILES = {
     "record": Profile("record"),
     "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 8e-3), lr_tokens=60_000,

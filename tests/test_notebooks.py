@@ -79,8 +79,9 @@ def test_figures_are_drawn_from_what_redraw_runs(path):
     cells = [c for c in read(path).cells if c.cell_type == "code" and REDRAW_TAGS & set(c.metadata.get("tags", []))]
     names = [n for c in cells for n in ast.walk(ast.parse(c.source))]
     bound = {n.id for n in names if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Store)}
-    bound |= {n.arg for n in names if isinstance(n, ast.arg)} | {n.name for n in names if isinstance(n, ast.FunctionDef)} | set(dir(builtins))
+    bound |= {n.arg for n in names if isinstance(n, ast.arg)} | {n.name for n in names if isinstance(n, ast.FunctionDef)}
     bound |= {(a.asname or a.name).split(".")[0] for n in names if isinstance(n, ast.Import | ast.ImportFrom) for a in n.names}
+    bound |= set(dir(builtins))
     assert {n.id for n in names if isinstance(n, ast.Name)} <= bound, sorted({n.id for n in names if isinstance(n, ast.Name)} - bound)
 
 

@@ -65,8 +65,8 @@ def test_the_commit_reaches_every_download(tmp_path, monkeypatch):
     asked = {}
 
     def refuse(kind):
-        def call(name, *args, revision=None, **kwargs):
-            asked[kind] = (str(name), kwargs.get("name"), revision)
+        def call(source, /, *args, revision=None, **kwargs):
+            asked[kind] = (str(source), kwargs.get("name"), revision)
             raise HTTPError("no network")  # as behind a proxy that is gone: no OSError
 
         return call
