@@ -8,7 +8,8 @@ Rule, written before the first run: every system trains a TopK SAE on the same p
 steps at the learning rate that is best for it on the common grid (held-out NMSE); then speeds are taken in rounds, one process
 after another, and the median over rounds counts. `ratio_to_ours` is tokens/s over ours in the same run, at equal steps: read it
 with the NMSE beside it, or loss against wall time in the figure. A second, wider shape takes every system's rate from the first,
-and fp32 arms of peers that of their autocast twins. The sweep's rates are searched the same way at a fifth of its tokens.
+and fp32 arms of peers that of their autocast twins. "ours, encoder at half scale" was added after a first run, in which the peers,
+whose encoders start smaller, ended at a lower loss: it shows how much of that is the start. The sweep's rates are searched the same way at a fifth of its tokens.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ SYSTEMS = {  # name: (worker, autocast, environment)
     "saelens, autocast": ("saelens", True, PEERS),
     "dense pytorch, autocast": ("dense", True, sys.executable),
     "encoder product alone, bf16": ("encoder-product", False, sys.executable),
+    "ours, encoder at half scale": ("ours, half", False, sys.executable),
     "ours+table": ("ours+table", False, sys.executable),
     "ours+table by rows": ("ours+table by rows", False, sys.executable),
 }
@@ -148,9 +150,13 @@ def harvest(rounds: int, steps: int) -> pd.DataFrame:
     return against_ours([{"work": "harvest", "system": s, "d_in": 768, "batch": 4096, **timings(part, 4096)} for s, part in by_system])
 
 
-def search(data: Path, d_sae: int, k: int, batch: int, steps: int) -> tuple[dict[str, float], pd.DataFrame]:
-    """Each system's best rate on the grid, and loss against wall time at all of them; the last row of a run is its end."""
-    best, curves = {PRODUCT: LRS[0]}, []
+def search(data: Path, d_sae: int, k: int, batch: int, steps: int, known: pd.DataFrame | None) -> tuple[dict[str, float], pd.DataFrame]:
+    """Each system's best rate on the grid, and loss against wall time at all of them; the last row of a run is its end.
+
+    Systems that an earlier search has are not searched again.
+    """
+    known = pd.DataFrame(columns=["system", "best", "lr"]) if known is None else known
+    best, curves = {PRODUCT: LRS[0], **known[known.best.astype(bool)].groupby("system").lr.first()}, known.to_dict("records")
     for system in tqdm([s for s in SYSTEMS if s not in TWIN and s not in best], desc=f"learning rates at d_sae {d_sae}"):
         found = {lr: measure(system, data, d_sae, k, batch, steps, lr, "--curve") for lr in LRS}
         best[system] = min(found, key=lambda lr: found[lr]["nmse"])
@@ -278,6 +284,7 @@ def main() -> None:
     parser.add_argument("--search-steps", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--sweep-tokens", type=int, default=200_000)
+    parser.add_argument("--again", action="store_true", help="time once more: rates and losses are those of today's -loss.csv")
     parser.add_argument("--quick", action="store_true", help="a tiny shape, to see that everything runs")
     args = parser.parse_args()
     if not Path(PEERS).exists():
@@ -307,7 +314,7 @@ def main() -> None:
     if "harvest" in wanted:
         keep(harvest(args.rounds, 3 if args.quick else 8))
     if "train_step" in wanted:
-        lrs, curves = search(data, d_sae, k, args.batch, args.search_steps)
+        lrs, curves = search(data, d_sae, k, args.batch, args.search_steps, pd.read_csv(f"{out}-loss.csv") if args.again else None)
         curves.to_csv(f"{out}-loss.csv", index=False, float_format="%.5g")
         draw_loss(curves, Path(f"{out}-loss.png"))
         for _, width, at in shapes:

@@ -34,7 +34,7 @@ import tsae_utils as tu
 Reconstruct = Callable[[Tensor, Tensor], Tensor]  # of held-out activations on their tokens
 Forward = Callable[[Tensor], Tensor]  # token ids to activations
 Run = Callable[[Callable[[], None]], None]  # takes every step and calls back after each
-TABLE = {"ours": None, "ours+table": False, "ours+table by rows": True}  # whether its table is updated by rows
+TABLE = {"ours": None, "ours, half": None, "ours+table": False, "ours+table by rows": True}  # whether its table is updated by rows
 
 
 def cosine(step: int, steps: int) -> float:
@@ -51,7 +51,8 @@ def ours(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reconst
     saes = {}
     for i in range(a.saes):
         table = None if TABLE[a.system] is None else tu.TokenLookup(torch.zeros(a.vocab, x.shape[1]))
-        saes[str(i)] = tu.TSAE(tu.TSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k, seed=i), table).to(x.device)
+        half = 0.5 if a.system == "ours, half" else 1.0  # about the scale at which sparsify starts its encoder
+        saes[str(i)] = tu.TSAE(tu.TSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k, seed=i, encoder_scale=half), table).to(x.device)
     cfg = tu.TrainConfig(tokens=a.steps * a.batch, lr=a.lr, lookup_by_rows=bool(TABLE[a.system]))
 
     class Ready:
