@@ -8,8 +8,9 @@ Rule, written before the first run: every system trains a TopK SAE on the same p
 steps at the learning rate that is best for it on the common grid (held-out NMSE); then speeds are taken in rounds, one process
 after another, and the median over rounds counts. `ratio_to_ours` is tokens/s over ours in the same run, at equal steps: read it
 with the NMSE beside it, or loss against wall time in the figure. A second, wider shape takes every system's rate from the first,
-and fp32 arms of peers that of their autocast twins. "ours, encoder at half scale" was added after a first run, in which the peers,
-whose encoders start smaller, ended at a lower loss: it shows how much of that is the start. The sweep's rates are searched the same way at a fifth of its tokens.
+and fp32 arms of peers that of their autocast twins. "ours, encoder at half scale" was added after a first run, in which the
+peers, whose encoders start smaller, ended at a lower loss: it shows how much of that is the start. The sweep's rates are
+searched the same way at a fifth of its tokens.
 """
 
 from __future__ import annotations
