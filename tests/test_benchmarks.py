@@ -100,3 +100,21 @@ def test_ratios_are_tokens_over_ours():
 def test_profile_names_where_the_time_goes(data):
     found = worker.profile(arguments(data, steps=4), "cpu")["ms"]
     assert any("mm" in op for op in found) and sum(found.values()) > 0
+
+
+def test_the_best_rate_is_searched_once(monkeypatch):
+    """Every system gets the whole grid; a known search is taken over, and a system that it lacks is searched."""
+    asked = []
+
+    def measure(system, data, d_sae, k, batch, steps, lr, *more):
+        asked.append((system, lr))
+        return {"nmse": abs(lr - 4e-3), "curve": [{"tokens": 1, "seconds": 1.0, "nmse": abs(lr - 4e-3)}]}
+
+    monkeypatch.setattr(bench, "measure", measure)
+    best, curves = bench.search("data", 128, 8, 256, 4, None)
+    searched = {system for system, _ in asked}
+    assert searched == set(bench.SYSTEMS) - set(bench.TWIN) - {bench.PRODUCT} and len(asked) == len(bench.LRS) * len(searched)
+    assert all(best[s] == 4e-3 for s in {*searched, *bench.TWIN}) and curves[curves.best].lr.eq(4e-3).all()
+    asked.clear()
+    again, all_curves = bench.search("data", 128, 8, 256, 4, curves[curves.system != "ours"])
+    assert again == best and {system for system, _ in asked} == {"ours"} and len(all_curves) == len(curves)
