@@ -27,6 +27,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
+from matplotlib.ticker import LogLocator, NullFormatter
 from safetensors.torch import save_file
 from torch.nn import functional as F
 from tqdm.auto import tqdm
@@ -255,6 +256,10 @@ def draw_loss(curves: pd.DataFrame, path: Path) -> None:
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
     ax.set(xscale="log", yscale="log", xlabel=f"seconds of training, {where}", ylabel="held-out NMSE",
            title=f"Loss against wall time, d_sae {curves.d_sae.iloc[0]:,}, each at its best rate")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
+        axis.set_major_formatter("{x:g}")
+        axis.set_minor_formatter(NullFormatter())
     ax.legend(fontsize=8)
     fig.savefig(path)
 

@@ -85,7 +85,40 @@ def speed() -> str:
             d_sae, nmse = "" if pd.isna(r.d_sae) else f"{r.d_sae:,.0f}", "" if pd.isna(r.nmse) else f"{r.nmse:.4f}"
             lines.append(f"| {r.work} | {r.system} | {d_sae} | {r.tokens_per_s:,.0f} | {r.ratio_to_ours:.2f} | {r.peak_gib:.2f} | {nmse} |")
     runs = "; ".join(f"[{name}](benchmarks/results/{name})" for name in sorted({path.name for path, _ in latest.values()}))
-    return f"{runs}\n\n" + "\n".join(lines) if latest else "No run is committed yet."
+    found = newest("")
+    words = f"\n\n{verdict_on_speed(found[1])}" if found else ""
+    return f"{runs}\n\n" + "\n".join(lines) + words if latest else "No run is committed yet."
+
+
+PEERS = "sparsify|saelens"
+
+
+def verdict_on_speed(run: pd.DataFrame) -> str:
+    """The ratios of one run in words: speed against the fastest peer, SAELens, the bare product; loss against the best peer."""
+    told = []
+    for width, part in run[run.work == "train_step"].groupby("d_sae"):
+        t = part.set_index("system")
+        ms, speed, gib, nmse = t.step_ms, t.tokens_per_s, t.peak_gib, t.nmse
+        peers, saelens = t.index.str.contains(PEERS), t.index.str.contains("saelens")
+        worse = nmse["ours"] / nmse[peers].min() - 1
+        told += [
+            f"A step at {width:,.0f} features takes {ms['ours']:.0f} ms:",
+            f"{speed['ours'] / speed[peers].max():.2f} times the tokens/s of the fastest peer (aim: 2),",
+            f"{speed['ours'] / speed[saelens].max():.1f} times SAELens's best (aim: 7),",
+            f"{ms['ours'] / ms['encoder product alone, bf16']:.2f} times the time of the encoder's bf16 product alone (aim: 2);",
+            f"memory {gib['ours']:.2f} GiB, {gib[peers].min():.2f} of the leanest peer. After these few steps its NMSE is",
+            f"{worse:+.0%} beside the best peer's (rule: at most +1 %: {'met' if worse <= 0.01 else 'missed'})."]
+    speed = run[run.work == "harvest"].set_index("system").tokens_per_s
+    if len(speed):
+        told += [f"Activations: {speed['ours'] / speed['transformerlens']:.1f} times TransformerLens's cached forward (aim: 5),",
+                 f"{speed['ours'] / speed['raw']:.2f} of the raw module (aim: 0.9)."]
+    t = run[run.work == "sweep"].set_index("system")
+    if len(t):
+        peers = t[t.index.str.contains(PEERS)]
+        told += [f"The sweep: {t.tokens_per_s['ours'] / peers.tokens_per_s.max():.1f} times the fastest peer, NMSE {t.nmse['ours']:.4f}",
+                 f"({peers.nmse.min():.4f} of the best peer), memory {t.peak_gib['ours']:.2f} GiB",
+                 f"({peers.peak_gib.min():.2f} of the leanest)."]
+    return paragraph(*told)
 
 
 def paragraph(*parts: str) -> str:
