@@ -5,6 +5,7 @@ from __future__ import annotations
 import features as ft
 import pytest
 import torch
+from lab import PROFILES
 
 COMMON, RARE = 20, 1000  # tokens 0..19 make up the text; one in twenty is instead one of a thousand others
 
@@ -66,7 +67,7 @@ def test_last_tokens_group_positions(lm):
 
 def test_common_grams_by_hand(lm):
     class Bench:
-        pass
+        p = PROFILES["record"]
 
     bench = Bench()
     bench.lm, bench.train_rows = lm, torch.tensor([[0, 2, 3, 4, 2, 3], [0, 2, 3, 1, 3, 4]])  # 0 BOS, 1 separator
