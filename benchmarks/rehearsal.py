@@ -26,6 +26,8 @@ import torch
 from bench import ROOT, hardware
 from safetensors.torch import save_file
 
+sys.path.insert(0, str(ROOT))
+
 import tsae_utils as tu
 
 HERE = Path(__file__).resolve().parent
