@@ -283,7 +283,7 @@ def load_lm(name_or_path: str | Path, device: str | None = None, bf16: bool | No
     except (OSError, HTTPError) as error:
         raise FileNotFoundError(f"could not load the model {str(name_or_path)!r}: it is neither a local folder with config, tokenizer and "
                                 "weights nor a hub model that can be reached: check name and network, or give a local copy "
-                                f"({str(error).splitlines()[0]})") from error
+                                f"({str(error).partition(chr(10))[0]})") from error
     return LanguageModel(model.to(device), tokenizer, str(name_or_path), bf16)
 
 

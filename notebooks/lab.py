@@ -248,6 +248,11 @@ def public_name(source: str) -> str:
     return Path(source).name if Path(source).expanduser().exists() else source
 
 
+def as_recorded(p: Profile) -> dict:
+    """A profile as records of runs hold it."""
+    return asdict(p) | {k: public_name(getattr(p, k)) for k in ("model", "corpus", "ngram_corpus", "published")}
+
+
 def rehearsal(p: Profile, share: str) -> Profile:
     """The profile with a share of its token budgets, a batch at the least."""
     if not 0 < float(share) <= 1:
@@ -549,11 +554,10 @@ class Lab:
         """Write <id><suffix>.csv and, beside the main one, <id>.json: what was run, on what."""
         self._write(f"{self.id}{suffix}.csv", table.to_csv(index=False, float_format="%.6g"))
         if not suffix:
-            meta = {"id": self.id, "profile": asdict(self.p), "model": self.model_name, "model_hash": self.lm.fingerprint,
+            meta = {"id": self.id, "profile": as_recorded(self.p), "model": self.model_name, "model_hash": self.lm.fingerprint,
                     "weights_sha256": self.weights_sha256, "corpus_hash": self.corpus_hash,
                     "torch": torch.__version__.split("+")[0], "device": str(self.lm.device),
                     "machine": f"{platform.machine()}, {os.cpu_count()} cores", "seconds": round(time.time() - self.started)}
-            meta["profile"] |= {k: public_name(getattr(self.p, k)) for k in ("model", "corpus", "ngram_corpus", "published")}
             self._write(f"{self.id}.json", json.dumps(meta, indent=1) + "\n")
         return self.read_csv(suffix)
 

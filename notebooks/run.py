@@ -120,9 +120,10 @@ def main() -> None:
     os.environ["TSAE_TEXT_PROGRESS"] = "1"
     if args.record and args.profile not in (None, "record"):
         raise SystemExit("--record keeps notebooks executed at profile record: leave --profile out")
-    if args.record and any(os.environ.get(v) for v in ("TSAE_MODEL", "TSAE_CORPUS", "TSAE_PUBLISHED", "TSAE_BUDGET", "TSAE_FIGURES")):
-        raise SystemExit("--record is for the testbed: unset TSAE_MODEL, TSAE_CORPUS, TSAE_PUBLISHED, TSAE_BUDGET and TSAE_FIGURES")
-    for name in ("TSAE_MODEL", "TSAE_CORPUS", "TSAE_PUBLISHED", "TSAE_FIGURES", "TSAE_CACHE"):  # relative to where the user typed them
+    sources = ("TSAE_MODEL", "TSAE_CORPUS", "TSAE_NGRAM_CORPUS", "TSAE_PUBLISHED")
+    if args.record and any(os.environ.get(v) for v in (*sources, "TSAE_BUDGET", "TSAE_FIGURES")):
+        raise SystemExit(f"--record is for the testbed: unset {', '.join(sources)}, TSAE_BUDGET and TSAE_FIGURES")
+    for name in (*sources, "TSAE_FIGURES", "TSAE_CACHE"):  # relative to where the user typed them
         value = os.environ.get(name)
         if value and (name in ("TSAE_FIGURES", "TSAE_CACHE") or Path(value).exists()):
             os.environ[name] = str(Path(value).resolve())

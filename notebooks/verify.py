@@ -12,11 +12,10 @@ from __future__ import annotations
 import json
 import re
 import sys
-from dataclasses import asdict
 from pathlib import Path
 
 import pandas as pd
-from lab import PROFILES, ROOT, corpus_key, public_name, settings
+from lab import PROFILES, ROOT, as_recorded, corpus_key, settings
 from PIL import Image
 
 WEIGHTS = {  # SHA-256 of model.safetensors
@@ -70,7 +69,7 @@ def runs(folder: Path, profile: str) -> list[str]:
     """Records that differ from the profile, from each other, or from the pinned model."""
     wrong, found = [], {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     p = PROFILES[profile]
-    expected = json.loads(json.dumps(asdict(p))) | {k: public_name(getattr(p, k)) for k in ("model", "corpus", "ngram_corpus", "published")}
+    expected = json.loads(json.dumps(as_recorded(p)))
     expected.pop("gib")  # how many passes it took changes no number
     for id, run in found.items():
         for name, value in expected.items():
