@@ -67,7 +67,6 @@ def main() -> None:
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu"
         if cuda:
             torch.cuda.set_device(args.device)
-        torch.distributed.init_process_group("nccl" if cuda else "gloo")
     checkpoint = args.out.resolve().with_name(args.out.resolve().name + ".checkpoint.safetensors")
     if tu.refuse_other_files(args.out).exists() and not checkpoint.exists():
         raise FileExistsError(f"{args.out} holds an SAE already: delete it or choose another --out")
@@ -104,6 +103,8 @@ def main() -> None:
         print(f"{rows.numel():,} tokens of training text in each of {world} process(es), seen {seen:.1f} times")
         if checkpoint.exists():
             print(f"going on from {checkpoint}")
+    if world > 1:  # after all imports: modules imported in a process group keep it alive, with threads that can abort the exit
+        torch.distributed.init_process_group("nccl" if cuda else "gloo")
     try:
         history = tu.train({"sae": sae}, stream, how, progress=rank == 0, checkpoint=checkpoint,
                            checkpoint_every=int(every))
