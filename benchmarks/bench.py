@@ -237,15 +237,18 @@ def growth(data: Path, d_sae: int, k: int, batch: int, steps: int, shrink: int =
     return pd.DataFrame(rows)
 
 
-def profile(data: Path, d_sae: int, k: int, batch: int) -> pd.DataFrame:
-    """Where the time of one step and of one harvest goes, the plain way and ours."""
-    here, shape, parts = sys.executable, [data, "--d-sae", d_sae, "--k", k, "--batch", batch], []
-    for work, system, python, arguments in (("train_step", "dense", here, [*shape, "--autocast"]), ("train_step", "ours", here, shape),
-                                            ("harvest", "transformerlens", PEERS, []), ("harvest", "ours", here, [])):
-        ms = run(python, "worker.py", "profile", system, *arguments, "--steps", 12)["ms"]
-        whole = sum(ms.values())
-        parts += [{"work": work, "system": system, "operation": op, "ms_per_step": t, "share": t / whole} for op, t in ms.items()]
-    return pd.DataFrame(parts)
+def profile(data: Path, widths: list[int], k: int, batch: int) -> pd.DataFrame:
+    """Where the time of one step and of one harvest goes: the plain way, the fastest peer's and ours."""
+    here, shape, rows = sys.executable, ["--k", k, "--batch", batch], []
+    ways = (("dense", here, ["--autocast"]), ("sparsify", PEERS, ["--autocast"]), ("ours", here, []))
+    works = [("train_step", d_sae, *way) for d_sae in widths for way in ways]
+    works += [("harvest", None, system, python, []) for system, python in (("transformerlens", PEERS), ("ours", here))]
+    for work, d_sae, system, python, arguments in tqdm(works, desc="profile"):
+        of_step = [data, "--d-sae", d_sae, *shape] if work == "train_step" else []
+        ms = run(python, "worker.py", "profile", system, *of_step, *arguments, "--steps", 12)["ms"]
+        whole, about = sum(ms.values()), {"work": work, "d_sae": d_sae, "system": system}
+        rows += [{**about, "operation": operation, "ms_per_step": t, "share": t / whole} for operation, t in ms.items()]
+    return pd.DataFrame(rows).astype({"d_sae": "Int64"})
 
 
 def draw_loss(curves: pd.DataFrame, path: Path) -> None:
@@ -334,7 +337,7 @@ def main() -> None:
         table.to_csv(f"{out}-growth.csv", index=False, float_format="%.5g")
         draw_growth(table, Path(f"{out}-growth.png"))
     if "profile" in wanted:
-        profile(data, d_sae, k, args.batch).to_csv(f"{out}-profile.csv", index=False, float_format="%.4g")
+        profile(data, [shape[1] for shape in shapes], k, args.batch).to_csv(f"{out}-profile.csv", index=False, float_format="%.4g")
     if "table" in wanted:
         table = table_updates(8192 if args.quick else 1_000_000, 1 if args.quick else 3, args.quick)
         table.to_csv(f"{out}-table.csv", index=False, float_format="%.5g")

@@ -26,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from worker import autocast, resident  # noqa: E402
+from worker import autocast, count_from_here, peak  # noqa: E402
 
 import tsae_utils as tu  # noqa: E402
 
@@ -124,18 +124,16 @@ def main() -> None:
     read = lm.activations(heldout, [LAYER], bf16=False)[LAYER]
     lm.centred = True
     fit = SYSTEMS[a.system](data["train"].long(), a, lm)
-    start, since = resident(), time.perf_counter()
+    start, since = count_from_here(), time.perf_counter()
     reconstruct = fit()
-    seconds, peak = time.perf_counter() - since, resident() - start
-    if lm.device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated() / 2**30
+    seconds, greatest = time.perf_counter() - since, peak(start, lm.device.type)
     x, read, tokens = centred[keep], read[keep], heldout[keep][:, None].to(lm.device)
     nmse = {}
     with torch.no_grad():
         for name, f in reconstruct.items():
             x_hat = torch.cat([f(y, t) for y, t in zip(read.split(1024), tokens.split(1024), strict=True)])
             nmse[name] = tu.reconstruction_error(x, x_hat - x_hat.mean(-1, keepdim=True)).nmse
-    print(json.dumps({"seconds": seconds, "peak_gib": peak, "nmse": nmse}))
+    print(json.dumps({"seconds": seconds, "peak_gib": greatest, "nmse": nmse}))
 
 
 if __name__ == "__main__":

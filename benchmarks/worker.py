@@ -5,18 +5,21 @@
 
 train_step: every system trains a TopK SAE on the same batches in the same order, with Adam and otherwise as its library trains,
 and is measured on the same held-out activations by the same formula. glibc keeps freed memory for every system, as it does in
-our training; memory is counted from where libraries and data are loaded. harvest: the residual stream entering block 8 of a model of
-GPT-2 small's shape with random weights, for rows of random tokens; no batch is the same as another.
+our training; memory is what the process grows by from where libraries and data are loaded (Linux). harvest:
+the residual stream entering block 8 of a model of GPT-2 small's shape with random weights, for rows of random tokens; no batch is
+the same as another.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
+import gc
 import importlib
 import json
 import math
-import resource
+import re
 import sys
 import time
 from collections.abc import Callable
@@ -175,7 +178,8 @@ def train_step(a: argparse.Namespace, device: str, measure: bool = True) -> dict
     tokens, heldout_tokens = (data[f"{part}_tokens"].long().to(device).remainder(a.vocab)[:, None] for part in ("train", "heldout"))
     if a.system in IMPORTS:
         importlib.import_module(IMPORTS[a.system])
-    start, times, curve = resident(), [], []
+    del data
+    start, times, curve = count_from_here(), [], []
     run, reconstruct = SYSTEMS[a.system](x, tokens[:n], a)
 
     @torch.no_grad()
@@ -197,8 +201,7 @@ def train_step(a: argparse.Namespace, device: str, measure: bool = True) -> dict
         since = time.perf_counter()
 
     run(after)
-    peak = torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resident() - start
-    return {"step_ms": late(times), "peak_gib": peak, "nmse": error(), "curve": curve}
+    return {"step_ms": late(times), "peak_gib": peak(start, device), "nmse": error(), "curve": curve}
 
 
 def late(times: list[float]) -> float:
@@ -270,7 +273,7 @@ HARVEST = {"ours": harvest_ours, "raw": harvest_raw, "transformerlens": harvest_
 
 
 def harvest(a: argparse.Namespace, device: str) -> dict:
-    forward, times, start = HARVEST[a.system](device), [], resident()
+    forward, times, start = HARVEST[a.system](device), [], count_from_here()
     for i in range(a.steps):
         ids = torch.randint(50257, (ROWS, CONTEXT), generator=torch.Generator().manual_seed(i)).to(device)
         started = time.perf_counter()
@@ -280,7 +283,7 @@ def harvest(a: argparse.Namespace, device: str) -> dict:
         times.append(time.perf_counter() - started)
     if found.shape != (ROWS, CONTEXT, 768) or not torch.isfinite(found).all():
         raise RuntimeError(f"{a.system} gave {list(found.shape)}")
-    return {"step_ms": late(times), "peak_gib": torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else resident() - start}
+    return {"step_ms": late(times), "peak_gib": peak(start, device)}
 
 
 def profile(a: argparse.Namespace, device: str) -> dict:
@@ -299,9 +302,22 @@ def profile(a: argparse.Namespace, device: str) -> dict:
     return {"ms": dict(sorted(total.items(), key=lambda item: -item[1])[:25])}
 
 
-def resident() -> float:
-    """Greatest resident memory of this process so far, in GiB."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def size(what: str) -> float:
+    """Resident memory of this process in GiB, as Linux tells it: VmRSS now, VmHWM at its greatest."""
+    return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
+
+
+def count_from_here() -> float:
+    """Give freed memory back to the system and forget the greatest size so far; the size now, in GiB, for `peak`."""
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return size("VmRSS")
+
+
+def peak(start: float, device: str) -> float:
+    """GiB beyond `start` at the greatest since; on a GPU the most that torch held there."""
+    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else size("VmHWM") - start
 
 
 def main() -> None:

@@ -80,6 +80,19 @@ def test_the_clock_leaves_the_measurement_out(data, monkeypatch):
     assert len(slow) >= 4 and result["curve"][-1]["seconds"] < 0.5
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the benchmarks read memory where Linux tells it")
+def test_memory_counts_what_a_step_adds_and_nothing_before_it(data):
+    big = torch.ones(2**27)  # half a GiB that is gone when the counting starts
+    del big
+    start = worker.count_from_here()
+    assert worker.peak(start, "cpu") < 0.05
+    held = torch.ones(2**26)
+    del held
+    assert 0.24 < worker.peak(start, "cpu") < 0.3, "the greatest size counts, not what is left"
+    adam = 4 * 4 * 2 * 32 * 2**15 / 2**30  # encoder and decoder, each with gradient and two moments
+    assert adam < worker.train_step(arguments(data, d_sae=2**15, steps=8), "cpu")["peak_gib"] < 8 * adam
+
+
 def test_too_little_data_is_refused(data):
     with pytest.raises(ValueError, match="holds 25600 activations: 101 steps of 256 need more"):
         worker.train_step(arguments(data, steps=101), "cpu")
