@@ -35,6 +35,7 @@ import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 from huggingface_hub import try_to_load_from_cache  # noqa: E402
+from safetensors.torch import load_file, save_file  # noqa: E402
 from scipy import stats  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
@@ -231,7 +232,7 @@ def save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
     """A safetensors file in the cache, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    tu.save_file(tensors, partial)
+    save_file(tensors, partial)
     partial.replace(path)
 
 
@@ -381,7 +382,7 @@ class Lab:
         if not path.exists():
             local = Path(corpus).expanduser().exists()
             save_atomically({"rows": self._read_rows(split, tokens, corpus, (8 if local else 1) * tokens)}, path)
-        return tu.load_file(path)["rows"]
+        return load_file(path)["rows"]
 
     def _read_rows(self, split: str, tokens: float, corpus: str, limit: float) -> torch.Tensor:
         try:
@@ -434,7 +435,7 @@ class Lab:
         path = self.cache / f"unigrams-{self.lm.fingerprint}-{layer}{'' if self.lm.bf16 else '-fp32'}.safetensors"
         if not path.exists():
             save_atomically({"unigrams": tu.unigram_activations(self.lm, self.hook(layer), progress=True)}, path)
-        return tu.load_file(path)["unigrams"].to(self.lm.device)
+        return load_file(path)["unigrams"].to(self.lm.device)
 
     def token_means(self, layer: int) -> torch.Tensor:
         """Mean activation of every token over a million training tokens [V, D]; the mean of all for tokens not seen."""
