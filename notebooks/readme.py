@@ -101,9 +101,10 @@ def verdict_on_speed(run: pd.DataFrame) -> str:
         ms, speed, gib, nmse = t.step_ms, t.tokens_per_s, t.peak_gib, t.nmse
         peers, saelens = t.index.str.contains(PEERS), t.index.str.contains("saelens")
         worse = nmse["ours"] / nmse[peers].min() - 1
+        fastest = speed[peers].idxmax()
         told += [
-            f"A step at {width:,.0f} features takes {ms['ours']:.0f} ms:",
-            f"{speed['ours'] / speed[peers].max():.2f} times the tokens/s of the fastest peer (aim: 2),",
+            f"A step at {width:,.0f} features takes {ms['ours']:.0f} ms ({span(t, 'ours')} over the rounds):",
+            f"{speed['ours'] / speed[fastest]:.2f} times the tokens/s of the fastest peer ({fastest}, {span(t, fastest)} ms; aim: 2),",
             f"{speed['ours'] / speed[saelens].max():.1f} times SAELens's best (aim: 7),",
             f"{ms['ours'] / ms['encoder product alone, bf16']:.2f} times the time of the encoder's bf16 product alone (aim: 2);",
             f"memory {gib['ours']:.2f} GiB, {gib[peers].min():.2f} of the leanest peer. After these few steps its NMSE is",
@@ -119,6 +120,25 @@ def verdict_on_speed(run: pd.DataFrame) -> str:
                  f"({peers.nmse.min():.4f} of the best peer), memory {t.peak_gib['ours']:.2f} GiB",
                  f"({peers.peak_gib.min():.2f} of the leanest)."]
     return paragraph(*told)
+
+
+def span(by_system: pd.DataFrame, system: str) -> str:
+    """Fastest and slowest round of a system in ms."""
+    return f"{by_system.step_ms_min[system]:.0f} to {by_system.step_ms_max[system]:.0f}"
+
+
+def profiles() -> str:
+    """Where the time of a step and of a harvest goes: the five operations that take most, of every profiled way."""
+    found = newest("-profile")
+    if found is None:
+        return "Not profiled yet."
+    lines = ["| work | system | d_sae | ms under the profiler | of it, in ms |", "|---|---|---|---|---|"]
+    for (work, d_sae, system), part in found[1].groupby(["work", "d_sae", "system"], sort=False, dropna=False):
+        most = part.nlargest(5, "ms_per_step").set_index("operation").ms_per_step
+        where = ", ".join(f"{name.removeprefix('aten::').lstrip('_')} {ms:.0f}" for name, ms in most.items())
+        lines.append(f"| {work} | {system} | {'' if pd.isna(d_sae) else f'{d_sae:,.0f}'} | {part.ms_per_step.sum():,.0f} | {where} |")
+    name = f"[{found[0].name}](benchmarks/results/{found[0].name})"
+    return "\n".join([*lines, "", f"All operations: {name}."])
 
 
 def paragraph(*parts: str) -> str:
@@ -181,7 +201,7 @@ def rehearsal() -> str:
 
 
 BLOCKS = {"headline": headline, "status": status, "gallery": gallery, "scorecard": verdicts, "times": times,
-          "rehearsal": rehearsal, "nodes": nodes, "speed": speed}
+          "rehearsal": rehearsal, "nodes": nodes, "speed": speed, "profiles": profiles}
 
 
 def fill(text: str) -> str:
