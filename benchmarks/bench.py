@@ -277,8 +277,12 @@ def draw_growth(table: pd.DataFrame, path: Path) -> None:
         values = sorted(part.value.unique())[:: 2 if part.value.nunique() > 6 else 1]
         ax.set_xticks(values, [f"{v / 1000:.0f}K" if v >= 1000 else f"{v:g}" for v in values], minor=False)
         ax.set_xticks([], minor=True)
-        if part.system.nunique() > 1:
+        several = part.system.nunique() > 1
+        if several:
             ax.legend(fontsize=8)
+        ends = rows.sort_values("value").iloc[[0, -1]]  # of the system drawn last
+        more, dearer = (ends[c].iloc[1] / ends[c].iloc[0] for c in ("value", "step_ms"))
+        ax.set_title(f"{more:.0f}x takes {dearer:.1f}x the time{', by rows' * several}", fontsize=9)
     axes[0].set_ylabel("ms a step")
     fig.suptitle("What a step costs, against what grows (the rest held)")
     fig.savefig(path)
