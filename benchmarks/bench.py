@@ -239,13 +239,12 @@ def growth(data: Path, d_sae: int, k: int, batch: int, steps: int, shrink: int =
 
 def profile(data: Path, widths: list[int], k: int, batch: int) -> pd.DataFrame:
     """Where the time of one step and of one harvest goes: the plain way, the fastest peer's and ours."""
-    here, shape, rows = sys.executable, ["--k", k, "--batch", batch], []
-    ways = (("dense", here, ["--autocast"]), ("sparsify", PEERS, ["--autocast"]), ("ours", here, []))
-    works = [("train_step", d_sae, *way) for d_sae in widths for way in ways]
-    works += [("harvest", None, system, python, []) for system, python in (("transformerlens", PEERS), ("ours", here))]
-    for work, d_sae, system, python, arguments in tqdm(works, desc="profile"):
-        of_step = [data, "--d-sae", d_sae, *shape] if work == "train_step" else []
-        ms = run(python, "worker.py", "profile", system, *of_step, *arguments, "--steps", 12)["ms"]
+    shape, rows = ["--k", k, "--batch", batch], []
+    works = [("train_step", d_sae, system) for d_sae in widths for system in ("dense pytorch, autocast", "sparsify, autocast", "ours")]
+    for work, d_sae, system in tqdm([*works, ("harvest", None, "transformerlens"), ("harvest", None, "ours")], desc="profile"):
+        name, half, python = SYSTEMS[system] if work == "train_step" else (system, False, HARVEST[system])
+        of_step = [data, "--d-sae", d_sae, *shape, *["--autocast"] * half] if work == "train_step" else []
+        ms = run(python, "worker.py", "profile", name, *of_step, "--steps", 12)["ms"]
         whole, about = sum(ms.values()), {"work": work, "d_sae": d_sae, "system": system}
         rows += [{**about, "operation": operation, "ms_per_step": t, "share": t / whole} for operation, t in ms.items()]
     return pd.DataFrame(rows).astype({"d_sae": "Int64"})
@@ -282,7 +281,7 @@ def draw_growth(table: pd.DataFrame, path: Path) -> None:
             ax.legend(fontsize=8)
         ends = rows.sort_values("value").iloc[[0, -1]]  # of the system drawn last
         more, dearer = (ends[c].iloc[1] / ends[c].iloc[0] for c in ("value", "step_ms"))
-        ax.set_title(f"{more:.0f}x takes {dearer:.1f}x the time{', by rows' * several}", fontsize=9)
+        ax.set_title(f"{more:.0f}x takes about {dearer:.0f}x the time{', by rows' * several}", fontsize=9)
     axes[0].set_ylabel("ms a step")
     fig.suptitle("What a step costs, against what grows (the rest held)")
     fig.savefig(path)

@@ -124,7 +124,7 @@ def main() -> None:
     read = lm.activations(heldout, [LAYER], bf16=False)[LAYER]
     lm.centred = True
     fit = SYSTEMS[a.system](data["train"].long(), a, lm)
-    start, since = count_from_here(), time.perf_counter()
+    start, since = count_from_here(lm.device.type), time.perf_counter()
     reconstruct = fit()
     seconds, greatest = time.perf_counter() - since, peak(start, lm.device.type)
     x, read, tokens = centred[keep], read[keep], heldout[keep][:, None].to(lm.device)

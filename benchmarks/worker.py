@@ -5,7 +5,7 @@
 
 train_step: every system trains a TopK SAE on the same batches in the same order, with Adam and otherwise as its library trains,
 and is measured on the same held-out activations by the same formula. glibc keeps freed memory for every system, as it does in
-our training; memory is what the process grows by from where libraries and data are loaded (Linux). harvest:
+our training; memory is what the process (on a GPU: torch there) grows by from where libraries and data are loaded. harvest:
 the residual stream entering block 8 of a model of GPT-2 small's shape with random weights, for rows of random tokens; no batch is
 the same as another.
 """
@@ -179,7 +179,7 @@ def train_step(a: argparse.Namespace, device: str, measure: bool = True) -> dict
     if a.system in IMPORTS:
         importlib.import_module(IMPORTS[a.system])
     del data
-    start, times, curve = count_from_here(), [], []
+    start, times, curve = count_from_here(device), [], []
     run, reconstruct = SYSTEMS[a.system](x, tokens[:n], a)
 
     @torch.no_grad()
@@ -273,7 +273,7 @@ HARVEST = {"ours": harvest_ours, "raw": harvest_raw, "transformerlens": harvest_
 
 
 def harvest(a: argparse.Namespace, device: str) -> dict:
-    forward, times, start = HARVEST[a.system](device), [], count_from_here()
+    forward, times, start = HARVEST[a.system](device), [], count_from_here(device)
     for i in range(a.steps):
         ids = torch.randint(50257, (ROWS, CONTEXT), generator=torch.Generator().manual_seed(i)).to(device)
         started = time.perf_counter()
@@ -307,17 +307,20 @@ def size(what: str) -> float:
     return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
-def count_from_here() -> float:
+def count_from_here(device: str) -> float:
     """Give freed memory back to the system and forget the greatest size so far; the size now, in GiB, for `peak`."""
     gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 2**30
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")
     return size("VmRSS")
 
 
 def peak(start: float, device: str) -> float:
-    """GiB beyond `start` at the greatest since; on a GPU the most that torch held there."""
-    return torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else size("VmHWM") - start
+    """GiB beyond `start` at the greatest since; on a GPU of what torch holds there."""
+    return (torch.cuda.max_memory_allocated() / 2**30 if device == "cuda" else size("VmHWM")) - start
 
 
 def main() -> None:

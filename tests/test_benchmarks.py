@@ -84,7 +84,7 @@ def test_the_clock_leaves_the_measurement_out(data, monkeypatch):
 def test_memory_counts_what_a_step_adds_and_nothing_before_it(data):
     big = torch.ones(2**27)  # half a GiB that is gone when the counting starts
     del big
-    start = worker.count_from_here()
+    start = worker.count_from_here("cpu")
     assert worker.peak(start, "cpu") < 0.05
     held = torch.ones(2**26)
     del held
