@@ -120,7 +120,7 @@ def verdict_on_speed(run: pd.DataFrame) -> str:
         speed = t.tokens_per_s["ours"] / t.tokens_per_s
         told += [
             f"The sweep ends at NMSE {t.nmse['ours']:.4f}, {speed[alike]:.1f} times as fast as the fastest peer that ends within 1 %",
-            f"of the best ({alike}, {t.nmse[alike]:.4f}), {speed[fastest]:.1f} times the fastest of all ({fastest}, {t.nmse[fastest]:.4f});",
+            f"of the best ({alike}, {t.nmse[alike]:.4f}), {speed[fastest]:.1f} times the fastest ({fastest}, {t.nmse[fastest]:.4f});",
             f"memory {t.peak_gib['ours']:.2f} GiB (leanest peer: {peers.peak_gib.min():.2f} GiB)."]
     return paragraph(*told)
 
