@@ -279,8 +279,8 @@ def draw_growth(table: pd.DataFrame, path: Path) -> None:
         several = part.system.nunique() > 1
         if several:
             ax.legend(fontsize=8)
-        ends = rows.sort_values("value").iloc[[0, -1]]  # of the system drawn last
-        more, dearer = (ends[c].iloc[1] / ends[c].iloc[0] for c in ("value", "step_ms"))
+        least, most = rows.iloc[0], rows.iloc[-1]  # of the system drawn last
+        more, dearer = most.value / least.value, most.step_ms / least.step_ms
         ax.set_title(f"{more:.0f}x takes about {dearer:.0f}x the time{', by rows' * several}", fontsize=9)
     axes[0].set_ylabel("ms a step")
     fig.suptitle("What a step costs, against what grows (the rest held)")

@@ -303,7 +303,9 @@ def profile(a: argparse.Namespace, device: str) -> dict:
 
 
 def size(what: str) -> float:
-    """Resident memory of this process in GiB, as Linux tells it: VmRSS now, VmHWM at its greatest."""
+    """Resident memory of this process in GiB, as Linux tells it: VmRSS now, VmHWM at its greatest. NaN elsewhere: not measured."""
+    if sys.platform != "linux":
+        return math.nan
     return int(re.search(rf"{what}:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 2**20
 
 
@@ -313,8 +315,9 @@ def count_from_here(device: str) -> float:
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated() / 2**30
-    ctypes.CDLL(None).malloc_trim(0)
-    Path("/proc/self/clear_refs").write_text("5")
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
     return size("VmRSS")
 
 
