@@ -148,30 +148,37 @@ class TokenLookup(nn.Module):
 # ---------------------------------------------------------------------------------------------
 
 
-CPU_CHUNK = 2**22  # pre-activations computed at once: they should fit the cache
+CPU_ROWS = 512  # tokens whose pre-activations are computed at once on a CPU: all of a batch would be a gigabyte of a wide SAE
 
 
-def _rows_at_once(x_BD: Tensor, d_sae: int) -> int:
-    """Tokens whose pre-activations are computed together: B x F at once is all page faults on a CPU."""
-    return len(x_BD) if x_BD.is_cuda else max(1, CPU_CHUNK // d_sae)
+def _rows_at_once(x_BD: Tensor) -> int:
+    return len(x_BD) if x_BD.is_cuda else CPU_ROWS
 
 
-GROUP, GROUPS_FROM = 16, 12288  # pre-activations whose largest is found first, and the width from which that is faster
+def _encoder(W_FD: Tensor, b_F: Tensor) -> Callable[[Tensor], Tensor]:
+    """x [B, D] -> x W^T + b [B, F], to be called for many x: in bf16 on a CPU the weights are laid out for the product once."""
+    if W_FD.device.type == "cpu" and W_FD.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        packed = torch.ops.mkldnn._reorder_linear_weight(W_FD, CPU_ROWS)  # what torch.compile uses for nn.Linear
+        return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, b_F, "none", [], "")
+    return lambda x: F.linear(x, W_FD, b_F)
+
+
+WIDE = 1024  # from how many pre-activations on top_k is faster than torch.topk
 
 
 def top_k(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Values and indices [B, k] of the k largest of each row, in no order: exact, with fewer to sort than torch.topk.
 
     The k largest lie in the k groups with the largest maxima: every element of another group is at most its group's
-    maximum, and k maxima are at least as large. Among equal values any may be chosen.
+    maximum, and k maxima are at least as large. Among equal values any may be chosen. Both steps are top_k again.
     """
-    B, F_ = pre_BF.shape
-    if F_ % GROUP or F_ < GROUPS_FROM or GROUP * k > F_:
+    (B, F_), group = pre_BF.shape, 8 if k >= 16 else 16
+    if F_ % group or F_ < max(WIDE, 2 * group * k):
         return pre_BF.topk(k, dim=-1, sorted=False)
-    groups = pre_BF.view(B, GROUP, F_ // GROUP)  # the members of a group stand F / GROUP apart: one vectorised maximum
-    best = groups.amax(1).topk(k, dim=-1, sorted=False).indices
-    values, at = groups.gather(2, best.unsqueeze(1).expand(B, GROUP, k)).flatten(1).topk(k, dim=-1, sorted=False)
-    return values, at // k * (F_ // GROUP) + best.gather(1, at % k)
+    groups = pre_BF.view(B, group, F_ // group)  # the members of a group stand F / group apart: one vectorised maximum
+    best = top_k(groups.amax(1), k)[1]
+    values, at = top_k(groups.gather(2, best.unsqueeze(1).expand(B, group, k)).flatten(1), k)
+    return values, at // k * (F_ // group) + best.gather(1, at % k)
 
 
 def _top_of_tokens(pre: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -196,39 +203,40 @@ class _Sparse(torch.autograd.Function):
     """(x_hat without table [B, D], values, feature and row of the P active pairs) of a TopK or BatchTopK SAE.
 
     Only the pre-activations are dense. Values, decoder and both weight gradients touch the active pairs alone: with
-    pairs sorted by feature, a weight gradient is a bag sum over rows of x or of the output gradient.
+    pairs sorted by feature, a weight gradient is a bag sum over rows of x or of the output gradient, and the gradient
+    of a pair's value, g[row] . W_dec[feature], is that of the second sum's weights.
     """
 
     @staticmethod
     def forward(ctx, x, W_enc, b_enc, W_dec, b_dec, k, of_batch, bf16):
         x_c = x - b_dec
         dtype = torch.bfloat16 if bf16 else x.dtype
-        xs, W, b = x_c.to(dtype), W_enc.to(dtype).T, b_enc.to(dtype)
-        pre = (torch.addmm(b, part, W) for part in xs.split(_rows_at_once(x, len(W_enc))))
+        pre = map(_encoder(W_enc.to(dtype), b_enc.to(dtype)), x_c.to(dtype).split(_rows_at_once(x)))
         values, feature, row = _top_of_batch(torch.cat(list(pre)), k) if of_batch else _top_of_tokens(pre, k)
         values = values.to(x.dtype).relu_()  # SAELens: top k, then ReLU; the authors' code keeps negative ones
         bags = torch.searchsorted(row, torch.arange(len(x), device=x.device))
-        with torch.enable_grad():  # the sum keeps embedding_bag's own gradient for its weights: g . W_dec[feature]
-            ctx.values = values.requires_grad_()
-            ctx.sum = F.embedding_bag(feature, W_dec.detach(), bags, mode="sum", per_sample_weights=ctx.values)
-        values, x_hat = values.detach(), ctx.sum.detach() + b_dec
-        ctx.save_for_backward(x_c, W_enc, values, feature, row, bags)
+        x_hat = F.embedding_bag(feature, W_dec, bags, mode="sum", per_sample_weights=values) + b_dec
+        ctx.save_for_backward(x_c, W_enc, W_dec, values, feature, row, bags)
         ctx.mark_non_differentiable(values, feature, row)
         return x_hat, values, feature, row
 
     @staticmethod
     def backward(ctx, g, *_):
-        x_c, W_enc, values, feature, row, bags = ctx.saved_tensors
-        d_values = torch.autograd.grad(ctx.sum, ctx.values, g, retain_graph=True)[0] * (values > 0)
+        x_c, W_enc, W_dec, values, feature, row, bags = ctx.saved_tensors
         by_feature, order = feature.sort(stable=True)
-        starts = torch.searchsorted(by_feature, torch.arange(len(W_enc), device=g.device))
-        rows = row[order]
-        d_W_enc = F.embedding_bag(rows, x_c, starts, mode="sum", per_sample_weights=d_values[order])
-        d_W_dec = F.embedding_bag(rows, g, starts, mode="sum", per_sample_weights=values[order])
-        d_b_enc = torch.zeros(len(W_enc), device=g.device, dtype=g.dtype).index_add_(0, feature, d_values)
+        starts, rows = torch.searchsorted(by_feature, torch.arange(len(W_enc), device=g.device)), row[order]
+        with torch.enable_grad():
+            sorted_values = values[order].requires_grad_()
+            d_W_dec = F.embedding_bag(rows, g, starts, mode="sum", per_sample_weights=sorted_values)
+        d_values = torch.autograd.grad(d_W_dec, sorted_values, W_dec)[0] * (sorted_values > 0)
+        d_W_enc = F.embedding_bag(rows, x_c, starts, mode="sum", per_sample_weights=d_values)
+        d_b_enc = torch.zeros(len(W_enc), device=g.device, dtype=g.dtype).index_add_(0, by_feature, d_values)
         d_b_dec = g.sum(0) - d_b_enc @ W_enc
-        d_x = F.embedding_bag(feature, W_enc, bags, mode="sum", per_sample_weights=d_values) if ctx.needs_input_grad[0] else None
-        return d_x, d_W_enc, d_b_enc, d_W_dec, d_b_dec, None, None, None
+        d_x = None
+        if ctx.needs_input_grad[0]:
+            by_row = torch.empty_like(d_values).scatter_(0, order, d_values)
+            d_x = F.embedding_bag(feature, W_enc, bags, mode="sum", per_sample_weights=by_row)
+        return d_x, d_W_enc, d_b_enc, d_W_dec.detach(), d_b_dec, None, None, None
 
 
 class TSAEOutput(NamedTuple):
@@ -343,7 +351,7 @@ class TSAE(nn.Module):
         bias = self.encoder_bias + self.W_enc_FD @ (self.b_dec.detach() - self.b_dec)  # zero: gives b_dec its gradient without one for x
         W_dec = torch.cat([self.W_dec, self.W_dec.norm(dim=-1, keepdim=True)], dim=-1)  # the last column sums a_f ||W_dec[f]||
         with torch.autocast(x_BD.device.type, torch.bfloat16, enabled=self.bf16 and self.training):
-            some = (x_BD - self.b_dec.detach()).split(_rows_at_once(x_BD, self.cfg.d_sae))
+            some = (x_BD - self.b_dec.detach()).split(_rows_at_once(x_BD))
             parts = [self._dense_part(part, bias, W_dec) for part in some]
         decoded, of_gate, l0, fired = (torch.cat(part) for part in zip(*parts, strict=True))
         x_hat, sparsity, auxiliary = decoded[:, :-1] + self.b_dec + row_BD, *x_BD.new_zeros(2)

@@ -83,7 +83,7 @@ def test_every_activation_equals_the_naive_one(activation, d_in, d_sae, batch, d
     weights = torch.randn(batch, d_in, generator=generator, dtype=torch.float64)
     parameters = [x, *sae.parameters()]
     with pytest.MonkeyPatch.context() as patch:  # a few rows at a time, as at real widths
-        patch.setattr(tu, "CPU_CHUNK", data.draw(st.integers(1, 40)))
+        patch.setattr(tu, "CPU_ROWS", data.draw(st.integers(1, 8)))
         out = sae(x, tokens)
     fast = torch.autograd.grad((out.x_hat * weights).sum() + out.sparsity + out.auxiliary, parameters)
     x_hat, acts, penalty = naive(sae, x, tokens)
@@ -94,15 +94,15 @@ def test_every_activation_equals_the_naive_one(activation, d_in, d_sae, batch, d
         assert torch.allclose(a, b), name
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 40), st.integers(1, 24), st.sampled_from([3, 100]), st.integers(0, 1000), st.booleans())
-def test_top_k_in_groups_is_exact(batch, groups, k, levels, seed, many_groups):
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 5), st.integers(1, 1500), st.integers(1, 40), st.sampled_from([3, 100]), st.integers(0, 1000), st.data())
+def test_top_k_in_groups_is_exact(batch, width, k, levels, seed, data):
     """Values equal torch.topk's, indices are distinct and point at them; few levels make ties, also at the edge."""
-    width = tu.GROUP * groups + (0 if many_groups else 1)
+    width *= data.draw(st.sampled_from([1, 8, 64]))
     k = min(k, width)
     pre = torch.randint(levels, (batch, width), generator=torch.Generator().manual_seed(seed)).float()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tu, "GROUPS_FROM", 0)
+        patch.setattr(tu, "WIDE", 0)
         values, index = tu.top_k(pre, k)
     assert torch.equal(values.sort(descending=True).values, pre.topk(k).values)
     assert torch.equal(pre.gather(1, index), values) and all(len(set(row)) == k for row in index.tolist())
@@ -115,16 +115,29 @@ def test_gradients_can_be_taken_twice():
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-def test_a_wide_sae_takes_its_top_in_groups(monkeypatch):
-    """At the first width where it is used, against the naive one in fp64."""
-    sae, g, widths = random_sae(4, tu.GROUPS_FROM, 8).double(), torch.Generator().manual_seed(0), []
+@pytest.mark.parametrize("width, k, sorted_", [(tu.WIDE - 16, 8, [tu.WIDE - 16]), (tu.WIDE, 8, [64, 128]), (12288, 16, [192, 128, 256 // 2])])
+def test_a_wide_sae_takes_its_top_in_groups(width, k, sorted_, monkeypatch):
+    """What torch.topk still has to sort: the maxima of the groups, then their members; against the naive one in fp64."""
+    sae, g, widths = random_sae(4, width, k).double(), torch.Generator().manual_seed(0), []
     x, tokens = torch.randn(6, 4, generator=g, dtype=torch.float64), torch.zeros(6, 1, dtype=torch.long)
     plain = torch.Tensor.topk
     monkeypatch.setattr(torch.Tensor, "topk", lambda t, *a, **k: (widths.append(t.shape[-1]), plain(t, *a, **k))[1])
     out = sae(x, tokens)
-    assert widths == [tu.GROUPS_FROM // tu.GROUP, 8 * tu.GROUP], "the maxima of the groups, then their members"
+    assert widths == sorted_
     monkeypatch.undo()
     assert torch.allclose(out.x_hat, naive(sae, x, tokens)[0])
+
+
+@pytest.mark.parametrize("width", [48, 1024])
+def test_the_encoder_laid_out_once_gives_the_plain_product(width):
+    """bf16: one rounding of the sum in fp32, whatever the number of rows."""
+    g = torch.Generator().manual_seed(0)
+    W, b = torch.randn(width, 32, generator=g).bfloat16(), torch.randn(width, generator=g).bfloat16()
+    encode = tu._encoder(W, b)
+    for rows in (1, 7, tu.CPU_ROWS):
+        x = torch.randn(rows, 32, generator=g).bfloat16()
+        exact = x.double() @ W.double().T + b.double()
+        assert torch.allclose(encode(x).double(), exact, rtol=2**-8, atol=1e-5)
 
 
 @pytest.mark.parametrize("activation", tu.ACTIVATIONS)
