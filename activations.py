@@ -79,6 +79,10 @@ class LanguageModel:
 
     def __init__(self, model: nn.Module, tokenizer, name: str, bf16: bool | None = None) -> None:
         self.model, self.tokenizer, self.name = model.eval().requires_grad_(False), tokenizer, name
+        for module in model.modules():  # the tanh GELU of GPT-2, in transformers eight operations, in torch one
+            for child, activation in module.named_children():
+                if type(activation).__name__ == "NewGELUActivation":
+                    setattr(module, child, nn.GELU(approximate="tanh"))
         self.device = next(model.parameters()).device
         self.bf16 = fast_bf16(self.device) if bf16 is None else bf16  # for harvesting, never for cross-entropy
         self.n_vocab, self.d_model = model.get_input_embeddings().weight.shape

@@ -74,6 +74,7 @@ class TSAEConfig:
     k: int = 16  # active features a token (topk), on average over a batch (batchtopk)
     l1_coefficient: float = 0.0  # weight of sum_f a_f ||W_dec[f]|| beside the squared error (relu, gated)
     encoder_scale: float = 1.0  # W_enc starts as this times W_dec^T; the authors' code: 1, with a table 0.5
+    decoder_init_norm: float = 1.0  # norm at which rows of W_dec start; the authors' code: 1, SAELens: 0.1
     seed: int = 0  # of the initialisation
     model_name: str = ""
     hook_name: str = ""
@@ -88,6 +89,8 @@ class TSAEConfig:
             raise ValueError(f"k = {self.k} must lie between 0 and d_sae = {self.d_sae}: lower k or widen the SAE")
         if self.l1_coefficient < 0:
             raise ValueError(f"l1_coefficient = {self.l1_coefficient} must not be negative")
+        if self.decoder_init_norm <= 0:
+            raise ValueError(f"decoder_init_norm = {self.decoder_init_norm} must be positive")
 
 
 @dataclass(frozen=True)
@@ -173,7 +176,7 @@ def top_k(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     maximum, and k maxima are at least as large. Among equal values any may be chosen. Both steps are top_k again.
     """
     (B, F_), group = pre_BF.shape, 8 if k >= 16 else 16
-    if F_ % group or F_ < max(WIDE, 2 * group * k):
+    if F_ < WIDE or 2 * group * k > F_ or F_ % group:
         return pre_BF.topk(k, dim=-1, sorted=False)
     groups = pre_BF.view(B, group, F_ // group)  # the members of a group stand F / group apart: one vectorised maximum
     best = top_k(groups.amax(1), k)[1]
@@ -182,8 +185,14 @@ def top_k(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def _top_of_tokens(pre: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs (value, feature, row) of the k largest pre-activations of every token; `pre` comes in parts."""
-    values, index = (torch.cat(t) for t in zip(*(top_k(part, k) for part in pre), strict=True))
+    """Pairs (value, feature, row) of the k largest pre-activations of every token; `pre` comes in parts.
+
+    Bits of bf16 are compared as whole numbers, which is faster: positive values keep their order and stand above the
+    others, whose order does not matter, as ReLU follows.
+    """
+    bits = {torch.bfloat16: torch.int16}
+    parts = ((part.dtype, *top_k(part.view(bits.get(part.dtype, part.dtype)), k)) for part in pre)
+    values, index = (torch.cat(t) for t in zip(*((values.view(dtype), index) for dtype, values, index in parts), strict=True))
     return values.flatten(), index.flatten(), torch.arange(len(index), device=index.device).repeat_interleave(k)
 
 
@@ -265,7 +274,7 @@ class TSAE(nn.Module):
     `jumprelu` what lies above each feature's threshold.
 
     Encoder and decoder are stored with a feature a row; `W_enc` [d_in, d_sae] shows the usual view.
-    Decoder rows start with unit norm (random directions) and are free afterwards; W_enc starts as
+    Decoder rows start in random directions with norm decoder_init_norm and are free afterwards; W_enc starts as
     encoder_scale * W_dec^T. b_dec starts at zero; `train` moves it to the mean of what is left for the SAE.
     """
 
@@ -275,7 +284,7 @@ class TSAE(nn.Module):
             raise ValueError(f"the lookup table's rows have {lookup.W.shape[1]} entries, the SAE's d_in is {cfg.d_in}")
         self.cfg, self.lookup = cfg, lookup
         generator = torch.Generator().manual_seed(cfg.seed)
-        W_dec = F.normalize(torch.randn(cfg.d_sae, cfg.d_in, generator=generator), dim=-1)
+        W_dec = cfg.decoder_init_norm * F.normalize(torch.randn(cfg.d_sae, cfg.d_in, generator=generator), dim=-1)
         self.W_dec = nn.Parameter(W_dec)  # [d_sae, d_in]
         self.W_enc_FD = nn.Parameter(cfg.encoder_scale * W_dec)
         self.b_dec = nn.Parameter(torch.zeros(cfg.d_in))
@@ -670,7 +679,8 @@ def load(folder: str | Path, device: str | torch.device = "cpu") -> TSAE:
     tokenized = meta["tokenized"] if isinstance(meta.get("tokenized"), dict) else {}
     saved = tokenized["config"] if isinstance(tokenized.get("config"), dict) else {}
     number, text, whole = (int, float), (str,), (int,)
-    kinds = {"model_name": text, "hook_name": text, "context_size": whole, "l1_coefficient": number, "encoder_scale": number, "seed": whole}
+    kinds = {"model_name": text, "hook_name": text, "context_size": whole, "l1_coefficient": number, "encoder_scale": number,
+             "decoder_init_norm": number, "seed": whole}
     own = {name: value for name, value in {**meta, **saved}.items() if type(value) in kinds.get(name, ())}
     activation, k = known[raw["architecture"]], raw.get("k", 0)
     if activation == "jumprelu" and saved.get("activation") == "batchtopk":

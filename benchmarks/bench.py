@@ -1,16 +1,16 @@
 """Speed against the peers, at equal steps with the loss beside it: one command, everything in one run, interleaved and repeated.
 
     make bench                                             # builds .venv-peers, then runs this; about an hour on two cores
-    python benchmarks/bench.py --only train_step harvest   # some of train_step, harvest, sweep, growth, profile, table
+    python benchmarks/bench.py --only train_step harvest   # some of train_step, harvest, sweep, growth, profile, table, start
     python benchmarks/bench.py --shape 768 12288 32        # one shape; --quick for a look at a tiny one
 
 Rule, written before the first run: every system trains a TopK SAE on the same planted activations for the same number of
 steps at the learning rate that is best for it on the common grid (held-out NMSE); then speeds are taken in rounds, one process
 after another, and the median over rounds counts. `ratio_to_ours` is tokens/s over ours in the same run, at equal steps: read it
 with the NMSE beside it, or loss against wall time in the figure. A second, wider shape takes every system's rate from the first,
-and fp32 arms of peers that of their autocast twins. "ours, encoder at half scale" was added after a first run, in which the
-peers, whose encoders start smaller, ended at a lower loss: it shows how much of that is the start. The sweep's rates are
-searched the same way at a fifth of its tokens.
+and fp32 arms of peers that of their autocast twins. Ours starts decoder and encoder at norm 0.1, as SAELens does, and so does plain
+PyTorch; "ours, unit start" is the authors' start at norm 1. In a first run ours had that alone and ended at a higher loss than
+the peers. The sweep's rates are searched the same way at a fifth of its tokens.
 """
 
 from __future__ import annotations
@@ -33,8 +33,13 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT / part) for part in ("notebooks", "benchmarks")]
+
+from worker import START  # noqa: E402
+
 PEERS = str(ROOT / ".venv-peers" / "bin" / "python")
-LRS = (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+LRS = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)
+PLANTED = 2  # version of `planted`: what an earlier one made is not taken
 SYSTEMS = {  # name: (worker, autocast, environment)
     "ours": ("ours", False, sys.executable),
     "sparsify": ("sparsify", False, PEERS),
@@ -43,7 +48,7 @@ SYSTEMS = {  # name: (worker, autocast, environment)
     "saelens, autocast": ("saelens", True, PEERS),
     "dense pytorch, autocast": ("dense", True, sys.executable),
     "encoder product alone, bf16": ("encoder-product", False, sys.executable),
-    "ours, encoder at half scale": ("ours, half", False, sys.executable),
+    "ours, unit start": ("ours, unit start", False, sys.executable),
     "ours+table": ("ours+table", False, sys.executable),
     "ours+table by rows": ("ours+table by rows", False, sys.executable),
 }
@@ -60,7 +65,7 @@ GROWTH = {  # what grows: (values, the worker's arguments, systems)
     "vocabulary": ([1_000, 8_000, 50_000, 250_000], lambda v: ["--vocab", v], ["ours", "ours+table", "ours+table by rows"]),
     "SAEs": ([1, 2, 4, 8], lambda v: ["--saes", v], ["ours"]),
 }
-WORK = ["harvest", "train_step", "sweep", "growth", "profile", "table"]
+WORK = ["harvest", "train_step", "sweep", "growth", "profile", "table", "start"]
 COLORS = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000"]
 
 
@@ -92,18 +97,12 @@ def planted(path: Path, d_in: int, tokens: int, features: int = 256, active: int
     return path
 
 
-def testbed(profile: str):
-    """The notebooks' bench on the testbed."""
-    sys.path.insert(0, str(ROOT / "notebooks"))
-    from lab import Lab
-
-    return Lab("bench", profile)
-
-
 def testbed_rows(path: Path, tokens: int) -> Path:
     """Rows of the testbed's text, training and held-out, made once."""
     if not path.exists():
-        bench, g = testbed("record"), torch.Generator().manual_seed(0)
+        from lab import Lab
+
+        bench, g = Lab("bench", "record"), torch.Generator().manual_seed(0)
         rows = bench.rows("sae", tokens)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_file({"train": rows[torch.randperm(len(rows), generator=g)], "heldout": bench.rows("heldout", 8192)}, path)
@@ -202,27 +201,46 @@ def sweep(rows: Path, tokens: int, d_sae: int) -> pd.DataFrame:
     return against_ours(table)
 
 
-def table_updates(tokens: int, seeds: int, quick: bool) -> pd.DataFrame:
-    """Adam on all of the table against SparseAdam on the batch's rows: held-out quality on the testbed, each over the same rates."""
-    lab, rows = testbed("smoke" if quick else "record"), []
-    from lab import tu
+def on_testbed(tokens: int, quick: bool, arms: dict[tuple, tuple[dict, float | None, dict]]) -> pd.DataFrame:
+    """Held-out quality on the testbed of arms that see the same batches; {(name, rate): (TSAEConfig, scale of the table, TrainConfig)}."""
+    from lab import Lab, tu
 
-    hook, start = lab.hook(lab.layer), 0.5 * lab.unigrams(lab.layer)
+    lab, rows = Lab("bench", "smoke" if quick else "record"), []
+    hook, table = lab.hook(lab.layer), lab.unigrams(lab.layer)
     evaluate = tu.Evaluator(lab.lm, lab.rows("heldout", lab.p.eval_tokens), hook)
-    for seed in range(seeds):
+    for seed in range(1 if quick else 3):
         saes, cfgs = {}, {}
-        for by_rows in (False, True):
-            for lr in (1e-3, 3e-3, 1e-2, 3e-2):
-                cfg = tu.TSAEConfig(d_in=lab.lm.d_model, d_sae=lab.d_sae, k=lab.p.k, encoder_scale=0.5, seed=seed)
-                saes[by_rows, lr] = tu.TSAE(cfg, tu.TokenLookup(start)).to(lab.lm.device)
-                cfgs[by_rows, lr] = tu.TrainConfig(tokens=tokens, lr=lab.p.tsae_lr, lr_lookup=lr, lookup_by_rows=by_rows)
+        for arm, (sae, scale, training) in arms.items():
+            cfg = tu.TSAEConfig(d_in=lab.lm.d_model, d_sae=lab.d_sae, k=lab.p.k, seed=seed, **sae)
+            saes[arm] = tu.TSAE(cfg, None if scale is None else tu.TokenLookup(scale * table)).to(lab.lm.device)
+            cfgs[arm] = tu.TrainConfig(tokens=tokens, **training)
         stream = tu.ActivationStream(lab.lm, lab.train_rows, hook, lab.p.batch_size, lab.p.buffer_tokens, seed)
         history = tu.train(saes, stream, cfgs)
-        for (by_rows, lr), sae in saes.items():
-            found, end = evaluate(sae), [h for h in history if h["system"] == (by_rows, lr)][-1]
-            rows.append({"table": "by rows (SparseAdam)" if by_rows else "whole (Adam)", "lr_lookup": lr, "seed": seed, "tokens": tokens,
-                         "nmse": found["nmse"], "ce_added": found["ce_added"], "dead_fraction": end["dead_fraction"]})
+        for (name, rate), sae in saes.items():
+            found, end = evaluate(sae), [h for h in history if h["system"] == (name, rate)][-1]
+            rows.append({"name": name, "rate": rate, "seed": seed, "tokens": tokens, "nmse": found["nmse"], "ce_added": found["ce_added"],
+                         "dead_fraction": end["dead_fraction"]})
     return pd.DataFrame(rows)
+
+
+def table_updates(quick: bool) -> pd.DataFrame:
+    """Adam on all of the table against SparseAdam on the batch's rows, each over the same rates."""
+    from lab import PROFILES
+
+    lr, kinds = PROFILES["record"].tsae_lr, {"whole (Adam)": False, "by rows (SparseAdam)": True}
+    arms = {(name, rate): ({"encoder_scale": 0.5}, 0.5, {"lr": lr, "lr_lookup": rate, "lookup_by_rows": by_rows})
+            for name, by_rows in kinds.items() for rate in (1e-3, 3e-3, 1e-2, 3e-2)}
+    return on_testbed(8192 if quick else 1_000_000, quick, arms).rename(columns={"name": "table", "rate": "lr_lookup"})
+
+
+def starts(quick: bool) -> pd.DataFrame:
+    """The authors' start, decoder rows at norm 1 (beside a table the encoder at half of that), against SAELens's at 0.1."""
+    kinds = {("sae", 1.0): ({}, None), ("sae", START): ({"decoder_init_norm": START}, None),
+             ("tsae", 1.0): ({"encoder_scale": 0.5}, 0.5), ("tsae", START): ({"decoder_init_norm": START}, 0.5)}
+    arms = {(name, rate): (*how, {"lr": rate}) for name, how in kinds.items() for rate in (2e-3, 4e-3, 8e-3, 1.6e-2)}
+    found = pd.concat([on_testbed(tokens, quick, arms) for tokens in ([8192] if quick else [200_000, 2_000_000])])
+    names = pd.DataFrame(found.pop("name").tolist(), columns=["system", "decoder_init_norm"], index=found.index)
+    return pd.concat([names, found.rename(columns={"rate": "lr"})], axis=1)
 
 
 def growth(data: Path, d_sae: int, k: int, batch: int, steps: int, shrink: int = 1) -> pd.DataFrame:
@@ -237,14 +255,14 @@ def growth(data: Path, d_sae: int, k: int, batch: int, steps: int, shrink: int =
     return pd.DataFrame(rows)
 
 
-def profile(data: Path, widths: list[int], k: int, batch: int) -> pd.DataFrame:
+def profile(data: Path, widths: list[int], k: int, batch: int, steps: int) -> pd.DataFrame:
     """Where the time of one step and of one harvest goes: the plain way, the fastest peer's and ours."""
     shape, rows = ["--k", k, "--batch", batch], []
     works = [("train_step", d_sae, system) for d_sae in widths for system in ("dense pytorch, autocast", "sparsify, autocast", "ours")]
     for work, d_sae, system in tqdm([*works, ("harvest", None, "transformerlens"), ("harvest", None, "ours")], desc="profile"):
         name, half, python = SYSTEMS[system] if work == "train_step" else (system, False, HARVEST[system])
         of_step = [data, "--d-sae", d_sae, *shape, *["--autocast"] * half] if work == "train_step" else []
-        ms = run(python, "worker.py", "profile", name, *of_step, "--steps", 12)["ms"]
+        ms = run(python, "worker.py", "profile", name, *of_step, "--steps", steps if of_step else 12)["ms"]
         whole, about = sum(ms.values()), {"work": work, "d_sae": d_sae, "system": system}
         rows += [{**about, "operation": operation, "ms_per_step": t, "share": t / whole} for operation, t in ms.items()]
     return pd.DataFrame(rows).astype({"d_sae": "Int64"})
@@ -309,7 +327,7 @@ def main() -> None:
     if {shape[0] for shape in shapes} != {d_in}:
         raise SystemExit(f"shapes of one run share d_in: {sorted({shape[0] for shape in shapes})} need a run each")
     cache = ROOT / ".cache" / "bench"
-    data = planted(cache / f"planted-{d_in}-{args.search_steps * args.batch}.safetensors", d_in, args.search_steps * args.batch)
+    data = planted(cache / f"planted-{d_in}-{args.search_steps * args.batch}-v{PLANTED}.safetensors", d_in, args.search_steps * args.batch)
     out = ROOT / "benchmarks" / "results" / f"{date.today()}-{hardware()}{'-quick' * args.quick}"
     out.parent.mkdir(parents=True, exist_ok=True)
     plt.style.use(ROOT / "figures" / "tsae.mplstyle")
@@ -340,11 +358,14 @@ def main() -> None:
         table.to_csv(f"{out}-growth.csv", index=False, float_format="%.5g")
         draw_growth(table, Path(f"{out}-growth.png"))
     if "profile" in wanted:
-        profile(data, [shape[1] for shape in shapes], k, args.batch).to_csv(f"{out}-profile.csv", index=False, float_format="%.4g")
-    if "table" in wanted:
-        table = table_updates(8192 if args.quick else 1_000_000, 1 if args.quick else 3, args.quick)
-        table.to_csv(f"{out}-table.csv", index=False, float_format="%.5g")
-        print(table.groupby(["table", "lr_lookup"])[["nmse", "ce_added", "dead_fraction"]].mean().round(4).to_string())
+        table = profile(data, [shape[1] for shape in shapes], k, args.batch, args.search_steps)
+        table.to_csv(f"{out}-profile.csv", index=False, float_format="%.4g")
+    for what, study in {"table": table_updates, "start": starts}.items():
+        if what in wanted:
+            table = study(args.quick)
+            table.to_csv(f"{out}-{what}.csv", index=False, float_format="%.5g")
+            kinds = [c for c in table if c not in ("nmse", "ce_added", "dead_fraction", "seed")]
+            print(table.groupby(kinds)[["nmse", "ce_added", "dead_fraction"]].mean().round(4).to_string())
     print(f"written to {out.parent.relative_to(ROOT)}")
 
 

@@ -26,7 +26,7 @@ from torch import Tensor
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
 
-from worker import autocast, count_from_here, peak  # noqa: E402
+from worker import START, autocast, count_from_here, peak  # noqa: E402
 
 import tsae_utils as tu  # noqa: E402
 
@@ -40,10 +40,10 @@ def ours(rows: Tensor, a: argparse.Namespace, lm: tu.LanguageModel) -> Fit:
     def fit() -> dict[str, Reconstruct]:
         stream = tu.ActivationStream(lm, rows, HOOK, a.batch)
         table = tu.unigram_activations(lm, HOOK)
-        saes = {f"sae {k}": tu.TSAE(tu.TSAEConfig(d_in=lm.d_model, d_sae=a.d_sae, k=k)).to(lm.device) for k in KS}
+        saes = {}
         for k in KS:
-            cfg = tu.TSAEConfig(d_in=lm.d_model, d_sae=a.d_sae, k=k, encoder_scale=0.5)
-            saes[f"tsae {k}"] = tu.TSAE(cfg, tu.TokenLookup(0.5 * table)).to(lm.device)
+            cfg = tu.TSAEConfig(d_in=lm.d_model, d_sae=a.d_sae, k=k, decoder_init_norm=START)
+            saes |= {f"sae {k}": tu.TSAE(cfg).to(lm.device), f"tsae {k}": tu.TSAE(cfg, tu.TokenLookup(0.5 * table)).to(lm.device)}
         cfgs = {n: tu.TrainConfig(tokens=a.tokens, lr=a.lr / (1 + n.startswith("tsae"))) for n in saes}  # figure 6's ratio of rates
         tu.train(saes, stream, cfgs, progress=False)
         return {n: lambda x, t, sae=sae: sae(x, t).x_hat for n, sae in saes.items()}

@@ -37,7 +37,8 @@ import tsae_utils as tu
 Reconstruct = Callable[[Tensor, Tensor], Tensor]  # of held-out activations on their tokens
 Forward = Callable[[Tensor], Tensor]  # token ids to activations
 Run = Callable[[Callable[[], None]], None]  # takes every step and calls back after each
-TABLE = {"ours": None, "ours, half": None, "ours+table": False, "ours+table by rows": True}  # whether its table is updated by rows
+TABLE = {"ours": None, "ours, unit start": None, "ours+table": False, "ours+table by rows": True}  # whether its table is updated by rows
+START = 0.1  # norm at which SAELens starts decoder and encoder rows, and so do ours and plain PyTorch
 
 
 def cosine(step: int, steps: int) -> float:
@@ -54,8 +55,8 @@ def ours(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reconst
     saes = {}
     for i in range(a.saes):
         table = None if TABLE[a.system] is None else tu.TokenLookup(torch.zeros(a.vocab, x.shape[1]))
-        half = 0.5 if a.system == "ours, half" else 1.0  # about the scale at which sparsify starts its encoder
-        saes[str(i)] = tu.TSAE(tu.TSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k, seed=i, encoder_scale=half), table).to(x.device)
+        start = 1.0 if a.system == "ours, unit start" else START
+        saes[str(i)] = tu.TSAE(tu.TSAEConfig(d_in=x.shape[1], d_sae=a.d_sae, k=a.k, seed=i, decoder_init_norm=start), table).to(x.device)
     cfg = tu.TrainConfig(tokens=a.steps * a.batch, lr=a.lr, lookup_by_rows=bool(TABLE[a.system]))
 
     class Ready:
@@ -76,7 +77,7 @@ def ours(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reconst
 def dense(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reconstruct]:
     """The plain way in PyTorch: dense activations, fused Adam."""
     torch.manual_seed(0)
-    W_dec = F.normalize(torch.randn(a.d_sae, x.shape[1], device=x.device), dim=-1)
+    W_dec = START * F.normalize(torch.randn(a.d_sae, x.shape[1], device=x.device), dim=-1)
     p = [W_dec.clone().requires_grad_(), torch.zeros(a.d_sae, device=x.device, requires_grad=True), W_dec.requires_grad_(),
          x[: a.batch].mean(0).clone().requires_grad_()]
     opt = torch.optim.Adam(p, lr=a.lr, fused=True)

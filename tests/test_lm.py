@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
+from transformers import AutoModelForCausalLM
 
 import tsae_utils as tu
 from conftest import VOCAB, save_model
@@ -36,6 +37,15 @@ def test_bf16_activations_are_close(any_folder):
     a, b = exact.activations(ids, [2])[2], fast.activations(ids, [2])[2]
     assert b.dtype == torch.float32
     assert 0 < (a - b).norm() / a.norm() < 0.02
+
+
+def test_the_faster_gelu_is_the_same_function(lm, gpt2_folder):
+    plain = AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.float32).eval()
+    ids = torch.randint(lm.n_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
+    kinds = [{type(m).__name__ for m in model.modules() if "GELU" in type(m).__name__} for model in (plain, lm.model)]
+    assert kinds == [{"NewGELUActivation"}, {"GELU"}]
+    with torch.no_grad():
+        assert torch.allclose(plain(ids).logits, lm.model(ids).logits, atol=1e-4)
 
 
 def test_the_pass_stops_at_the_hook(lm):
