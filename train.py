@@ -45,6 +45,7 @@ def arguments() -> argparse.Namespace:
     add("--lr-lookup", type=float, default=1e-2, help="learning rate of the table")
     add("--lookup-by-rows", action="store_true", help="update only the rows of a batch's tokens (SparseAdam): for large vocabularies")
     add("--table-scale", type=float, default=0.5, help="rows start at this times the unigram activation; the encoder at 1 minus it")
+    add("--decoder-init-norm", type=float, default=1.0, help="norm at which the decoder's rows start, and with them the encoder's")
     add("--aux-k", type=int, default=0, help="dead features that model the error (AuxK); 0: none")
     add("--seed", type=int, default=0, help="of initialisation and order of the text")
     add("--heldout-rows", type=int, default=64, help="rows kept for the measurement at the end")
@@ -83,8 +84,8 @@ def main() -> None:
         raise ValueError(f"--context-size {args.context_size} is beyond the model's {longest} positions")
     cfg = tu.TSAEConfig(d_in=lm.d_model, d_sae=args.expansion * lm.d_model, activation=args.activation, k=args.k, seed=args.seed,
                         l1_coefficient=args.l1 if args.activation in ("relu", "gated") else 0.0,
-                        encoder_scale=1 - args.table_scale if args.lookup else 1.0, model_name=args.model, hook_name=hook,
-                        context_size=args.context_size)
+                        encoder_scale=1 - args.table_scale if args.lookup else 1.0, decoder_init_norm=args.decoder_init_norm,
+                        model_name=args.model, hook_name=hook, context_size=args.context_size)
     how = tu.TrainConfig(tokens=int(args.tokens), lr=args.lr, lr_lookup=args.lr_lookup, aux_k=args.aux_k, start_l0=args.start_l0,
                          lookup_by_rows=args.lookup_by_rows)
     wanted = args.tokens / world + (args.heldout_rows + 2) * args.context_size

@@ -29,6 +29,7 @@ from typing import NamedTuple
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
@@ -89,8 +90,8 @@ class TSAEConfig:
             raise ValueError(f"k = {self.k} must lie between 0 and d_sae = {self.d_sae}: lower k or widen the SAE")
         if self.l1_coefficient < 0:
             raise ValueError(f"l1_coefficient = {self.l1_coefficient} must not be negative")
-        if self.decoder_init_norm <= 0:
-            raise ValueError(f"decoder_init_norm = {self.decoder_init_norm} must be positive")
+        if not 0 < self.decoder_init_norm < math.inf:
+            raise ValueError(f"decoder_init_norm = {self.decoder_init_norm} must be positive and finite")
 
 
 @dataclass(frozen=True)
@@ -155,12 +156,14 @@ CPU_ROWS = 512  # tokens whose pre-activations are computed at once on a CPU: al
 
 
 def _rows_at_once(x_BD: Tensor) -> int:
+    """A GPU takes the whole batch."""
     return len(x_BD) if x_BD.is_cuda else CPU_ROWS
 
 
 def _encoder(W_FD: Tensor, b_F: Tensor) -> Callable[[Tensor], Tensor]:
-    """x [B, D] -> x W^T + b [B, F], to be called for many x: in bf16 on a CPU the weights are laid out for the product once."""
-    if W_FD.device.type == "cpu" and W_FD.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    """x [B, D] -> x W^T + b [B, F], without gradient, for many x: in bf16 on a CPU the weights are laid out for the product once."""
+    one_dnn = W_FD.device.type == "cpu" and torch.backends.mkldnn.is_available()
+    if one_dnn and W_FD.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported():
         packed = torch.ops.mkldnn._reorder_linear_weight(W_FD, CPU_ROWS)  # what torch.compile uses for nn.Linear
         return lambda x: torch.ops.mkldnn._linear_pointwise(x, packed, b_F, "none", [], "")
     return lambda x: F.linear(x, W_FD, b_F)
@@ -184,15 +187,21 @@ def top_k(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
     return values, at // k * (F_ // group) + best.gather(1, at % k)
 
 
-def _top_of_tokens(pre: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Pairs (value, feature, row) of the k largest pre-activations of every token; `pre` comes in parts.
+def _largest_positive(pre_BF: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """top_k before a ReLU: bits of bf16 are compared as whole numbers, which is faster.
 
-    Bits of bf16 are compared as whole numbers, which is faster: positive values keep their order and stand above the
-    others, whose order does not matter, as ReLU follows.
+    Positive values keep their order and stand above all others, whose order ReLU makes irrelevant. NaN may be passed
+    over; `train` looks for it in the weights.
     """
-    bits = {torch.bfloat16: torch.int16}
-    parts = ((part.dtype, *top_k(part.view(bits.get(part.dtype, part.dtype)), k)) for part in pre)
-    values, index = (torch.cat(t) for t in zip(*((values.view(dtype), index) for dtype, values, index in parts), strict=True))
+    if pre_BF.dtype != torch.bfloat16:
+        return top_k(pre_BF, k)
+    bits, index = top_k(pre_BF.view(torch.int16), k)
+    return bits.view(torch.bfloat16), index
+
+
+def _top_of_tokens(pre: Iterable[Tensor], k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Pairs (value, feature, row) of the k largest pre-activations of every token, for a ReLU; `pre` comes in parts."""
+    values, index = (torch.cat(t) for t in zip(*(_largest_positive(part, k) for part in pre), strict=True))
     return values.flatten(), index.flatten(), torch.arange(len(index), device=index.device).repeat_interleave(k)
 
 
@@ -224,12 +233,13 @@ class _Sparse(torch.autograd.Function):
         values, feature, row = _top_of_batch(torch.cat(list(pre)), k) if of_batch else _top_of_tokens(pre, k)
         values = values.to(x.dtype).relu_()  # SAELens: top k, then ReLU; the authors' code keeps negative ones
         bags = torch.searchsorted(row, torch.arange(len(x), device=x.device))
-        x_hat = F.embedding_bag(feature, W_dec, bags, mode="sum", per_sample_weights=values) + b_dec
+        x_hat = F.embedding_bag(feature, W_dec.detach(), bags, mode="sum", per_sample_weights=values) + b_dec
         ctx.save_for_backward(x_c, W_enc, W_dec, values, feature, row, bags)
         ctx.mark_non_differentiable(values, feature, row)
         return x_hat, values, feature, row
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, g, *_):
         x_c, W_enc, W_dec, values, feature, row, bags = ctx.saved_tensors
         by_feature, order = feature.sort(stable=True)
@@ -260,7 +270,7 @@ class TSAEOutput(NamedTuple):
 
 def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
     """||x - x_hat||^2, mean over the batch (the authors' loss)."""
-    return (x_BD - x_hat_BD).square().sum(-1).mean()
+    return F.mse_loss(x_hat_BD, x_BD, reduction="sum") / len(x_BD)
 
 
 class TSAE(nn.Module):
@@ -354,7 +364,7 @@ class TSAE(nn.Module):
             lowest = values.min()
             self.threshold.copy_(torch.where(self.threshold > 0, torch.lerp(self.threshold, lowest, self.threshold_rate), lowest))
         zero = x_BD.new_zeros(())
-        return TSAEOutput(x_hat + row_BD, l0, fired, zero, zero)
+        return TSAEOutput(x_hat if self.lookup is None else x_hat + row_BD, l0, fired, zero, zero)
 
     def _dense(self, x_BD: Tensor, row_BD: Tensor | float) -> TSAEOutput:
         bias = self.encoder_bias + self.W_enc_FD @ (self.b_dec.detach() - self.b_dec)  # zero: gives b_dec its gradient without one for x
@@ -488,6 +498,8 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
                 seconds[name] += time.perf_counter() - started
                 if log and not math.isfinite(row["loss"]):
                     raise FloatingPointError(f"the loss of {name!r} is {row['loss']} at step {step}: lower its learning rate")
+                if log and not all(p.isfinite().all() for p in sae.parameters()):
+                    raise FloatingPointError(f"a weight of {name!r} is not finite after step {step}: lower its learning rate")
                 if log:
                     history.append({"system": name, "step": step, "tokens": (step + 1) * batch, **row, "seconds": seconds[name]})
                 if log and len(saes) == 1:

@@ -145,7 +145,7 @@ def saelens(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, Reco
 
 
 def product(x: Tensor, tokens: Tensor, a: argparse.Namespace) -> tuple[Run, None]:
-    """The encoder's matrix product alone in bf16: what no dense-encoder SAE can beat."""
+    """The encoder's matrix product alone in bf16, as torch.mm does it."""
     W, y = torch.randn(a.d_sae, x.shape[1], device=x.device).bfloat16().T, x[: a.batch].bfloat16()
     out = torch.empty(a.batch, a.d_sae, dtype=torch.bfloat16, device=x.device)
     return steps(lambda _: torch.mm(y, W, out=out), x, a, []), None
@@ -233,7 +233,7 @@ def harvest_ours(device: str) -> Forward:
 
 
 def harvest_raw(device: str) -> Forward:
-    """The bound: the same model cut to its first blocks, bf16, nothing hooked."""
+    """The same model as transformers has it, cut to its first blocks, bf16, nothing hooked."""
     model = gpt2_shape().to(device).transformer
     model.h, model.ln_f = model.h[:LAYER], torch.nn.Identity()
     half = torch.device(device).type

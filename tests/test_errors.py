@@ -27,6 +27,7 @@ def raises(kind, text):
     ({"activation": "tanh"}, "unknown activation 'tanh': expected one of topk, batchtopk, relu, gated"),
     ({"d_in": 0}, "d_in = 0"),
     ({"l1_coefficient": -1.0}, "must not be negative"),
+    ({"decoder_init_norm": 0.0}, "must be positive"),
 ])
 def test_config(settings, text):
     with raises(ValueError, text):
@@ -154,6 +155,16 @@ def test_nan_loss_names_the_sae(lm, rows):
         tu.train({"good": good, "bad": bad}, tu.ActivationStream(lm, rows, HOOK, 16, 256), tu.TrainConfig(tokens=160), progress=False)
 
 
+@pytest.mark.parametrize("where", ["W_enc_FD", "b_enc"])
+def test_a_weight_that_is_nan_is_not_trained_on(lm, rows, where):
+    """Sorted by its bits a NaN may lie below all others, so that no loss shows it."""
+    sae = random_sae(d_in=32, d_sae=64)
+    with torch.no_grad():
+        getattr(sae, where)[0] = -float("nan")
+    with raises(FloatingPointError, "'only' is"):
+        tu.train({"only": sae}, tu.ActivationStream(lm, rows, HOOK, 16, 256), tu.TrainConfig(tokens=160), progress=False)
+
+
 def test_batch_larger_than_buffer(lm, rows):
     with raises(ValueError, "batch_size = 512 must not exceed buffer_tokens = 64"):
         tu.ActivationStream(lm, rows, HOOK, 512, 64)
@@ -190,11 +201,13 @@ def saved(tmp_path):
 @pytest.mark.parametrize("activation", tu.ACTIVATIONS)
 @pytest.mark.parametrize("vocab", [None, 7])
 def test_round_trip(tmp_path, activation, vocab):
-    sae = random_sae(vocab=vocab, activation=activation, hook_name=HOOK, model_name="m", context_size=16, l1_coefficient=2)
+    sae = random_sae(vocab=vocab, activation=activation, hook_name=HOOK, model_name="m", context_size=16, l1_coefficient=2,
+                     decoder_init_norm=0.1)
     again = tu.load(tu.save(sae, tmp_path / "s"))
     x, tokens = torch.randn(9, 6), torch.randint(7, (9, 1))
     assert torch.equal(again(x, tokens).x_hat, sae.eval()(x, tokens).x_hat)
     assert (again.cfg.hook_name, again.cfg.l1_coefficient, again.cfg.model_name) == (HOOK, 2, "m"), "an int, as people write it"
+    assert again.cfg.decoder_init_norm == 0.1
     assert again.cfg.activation == activation and not again.training
 
 

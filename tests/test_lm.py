@@ -46,6 +46,9 @@ def test_the_faster_gelu_is_the_same_function(lm, gpt2_folder):
     assert kinds == [{"NewGELUActivation"}, {"GELU"}]
     with torch.no_grad():
         assert torch.allclose(plain(ids).logits, lm.model(ids).logits, atol=1e-4)
+    x = torch.linspace(-6, 6, 1001)
+    acts = [next(m for m in model.modules() if "GELU" in type(m).__name__)(x) for model in (plain, lm.model)]
+    assert torch.allclose(*acts, atol=1e-6) and not torch.allclose(acts[1], torch.nn.functional.gelu(x), atol=1e-4), "not the other GELU"
 
 
 def test_the_pass_stops_at_the_hook(lm):

@@ -108,6 +108,30 @@ def test_top_k_in_groups_is_exact(batch, width, k, levels, seed, data):
     assert torch.equal(pre.gather(1, index), values) and all(len(set(row)) == k for row in index.tolist())
 
 
+@settings(max_examples=100, deadline=None)
+@given(st.integers(1, 4), st.sampled_from([40, 1000, 2048, 4096]), st.integers(1, 40), st.floats(-3, 3), st.integers(0, 1000))
+def test_bf16_is_sorted_by_its_bits(batch, width, k, shift, seed):
+    """What ReLU leaves is what it leaves of torch.topk: few positive ones, none, zeros of both signs, infinity."""
+    g = torch.Generator().manual_seed(seed)
+    pre = (torch.randn(batch, width, generator=g) + shift).bfloat16()
+    pre[:, 0], pre[:, 1], pre[0, 2] = 0.0, -0.0, float("inf")
+    values, index = tu._largest_positive(pre, k)
+    assert torch.equal(values.relu().sort(descending=True).values, pre.topk(k).values.relu())
+    assert torch.equal(pre.gather(1, index), values) and all(len(set(row)) == k for row in index.tolist())
+
+
+def test_a_batch_without_an_active_feature_has_its_gradients():
+    """BatchTopK keeps positive pre-activations alone: here there is no pair at all."""
+    sae = random_sae(6, 20, 4, activation="batchtopk").train()
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)
+    x, tokens = torch.randn(5, 6), torch.zeros(5, 1, dtype=torch.long)
+    out = sae(x, tokens)
+    out.x_hat.sum().backward()
+    assert out.l0.tolist() == [0] * 5 and torch.equal(out.x_hat, sae.b_dec.expand(5, 6))
+    assert torch.equal(sae.b_dec.grad, torch.full((6,), 5.0)) and not any(p.grad.any() for p in (sae.W_dec, sae.W_enc_FD, sae.b_enc))
+
+
 def test_gradients_can_be_taken_twice():
     sae = random_sae(6, 20, 4)
     out = sae(torch.randn(5, 6), torch.zeros(5, 1, dtype=torch.long)).x_hat.square().sum()
@@ -271,12 +295,14 @@ def test_the_table_gets_a_gradient():
 
 
 def test_initialisation():
-    """Decoder rows (not columns) have unit norm, W_enc is a multiple of W_dec^T (defect 4), and the seed decides."""
+    """Decoder rows (not columns) have unit norm by default, W_enc is a multiple of W_dec^T (defect 4), and the seed decides."""
     sae = tu.TSAE(tu.TSAEConfig(d_in=6, d_sae=10, k=2, encoder_scale=0.5))
     assert torch.allclose(sae.W_dec.norm(dim=-1), torch.ones(10))
     assert torch.allclose(sae.W_enc, 0.5 * sae.W_dec.T) and sae.W_enc.shape == (6, 10)
     same, other = (tu.TSAE(tu.TSAEConfig(d_in=6, d_sae=10, k=2, seed=s)) for s in (0, 1))
     assert torch.equal(same.W_dec, sae.W_dec) and not torch.equal(other.W_dec, sae.W_dec)
+    small = tu.TSAE(tu.TSAEConfig(d_in=6, d_sae=10, k=2, encoder_scale=0.5, decoder_init_norm=0.1))
+    assert torch.allclose(small.W_dec, 0.1 * sae.W_dec) and torch.allclose(small.W_enc, 0.1 * sae.W_enc)
 
 
 def test_firing_is_counted_in_tokens_and_travels_with_the_module():
