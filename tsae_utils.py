@@ -482,7 +482,7 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
     bar = tqdm(total=steps * batch, initial=first * batch, desc=f"training {len(saes)} SAEs" if len(saes) > 1 else "training", unit="tok",
                unit_scale=True, disable=not progress)
     for name, sae in saes.items():
-        sae.train()
+        sae.train().zero_grad()
         sae.bf16 = sae.W_dec.dtype == torch.float32 and fast_bf16(sae.W_dec.device)
         if sae.lookup is not None:
             sae.lookup.by_rows = cfgs[name].lookup_by_rows
@@ -498,7 +498,7 @@ def train(saes: Mapping[str, TSAE], stream: ActivationStream, cfg: TrainConfig |
                 seconds[name] += time.perf_counter() - started
                 if log and not math.isfinite(row["loss"]):
                     raise FloatingPointError(f"the loss of {name!r} is {row['loss']} at step {step}: lower its learning rate")
-                if log and not all(p.isfinite().all() for p in sae.parameters()):
+                if log and not math.isfinite(sum(p.detach().sum().item() for p in sae.parameters())):
                     raise FloatingPointError(f"a weight of {name!r} is not finite after step {step}: lower its learning rate")
                 if log:
                     history.append({"system": name, "step": step, "tokens": (step + 1) * batch, **row, "seconds": seconds[name]})
@@ -542,13 +542,12 @@ def _step_(sae: TSAE, opts: list[torch.optim.Optimizer], cfg: TrainConfig, x: Te
     loss = squared_error(x, out.x_hat) + sae.cfg.l1_coefficient * warm * out.sparsity + out.auxiliary
     if cfg.aux_k:
         loss = loss + cfg.aux_coefficient * sae.dead_features_error(x, out.x_hat, cfg.aux_k, cfg.aux_window)
-    for opt in opts:
-        opt.zero_grad()
     loss.backward()
     for opt in opts:
         for p in (p for group in opt.param_groups for p in group["params"]):
             runs.average_gradient_(p)
         opt.step()
+        opt.zero_grad()  # at once: of many SAEs only one holds gradients
     if sae.cfg.activation == "batchtopk":
         runs.average_(sae.threshold)
     sae.count_firing_(out)

@@ -276,8 +276,11 @@ def draw_loss(curves: pd.DataFrame, path: Path) -> None:
     for color, (system, part) in zip(COLORS, curves[curves.best].groupby("system", sort=False), strict=False):
         ax.plot(part.seconds, part.nmse, "o-", color=color, label=system, markersize=4)
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU cores"
-    ax.set(xscale="log", yscale="log", xlabel=f"seconds of training, {where}", ylabel="held-out NMSE",
-           title=f"Loss against wall time, d_sae {curves.d_sae.iloc[0]:,}, each at its best rate")
+    ends = curves[curves.best].groupby("system").last()
+    peer = ends[ends.index.isin([s for s, (worker, *_) in SYSTEMS.items() if worker in ("sparsify", "saelens")])].nmse.idxmin()
+    told = [f"{s} {ends.nmse[s]:.4f} in {ends.seconds[s]:.0f} s" for s in ("ours", peer)]
+    ax.set(xscale="log", yscale="log", xlabel=f"seconds of training, {where}, d_sae {curves.d_sae.iloc[0]:,}", ylabel="held-out NMSE",
+           title=f"{told[0]}; best peer, {told[1]}")
     for axis in (ax.xaxis, ax.yaxis):
         axis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5)))
         axis.set_major_formatter("{x:g}")

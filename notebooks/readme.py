@@ -108,7 +108,7 @@ def verdict_on_speed(run: pd.DataFrame) -> str:
             f"{speed['ours'] / speed[saelens].max():.1f} times SAELens's best (aim: 7),",
             f"{ms['ours'] / ms['encoder product alone, bf16']:.2f} times the time of the encoder's bf16 product alone (aim: 2);",
             f"memory {gib['ours']:.2f} GiB (leanest peer: {gib[peers].min():.2f} GiB). After these few steps its NMSE is",
-            f"{worse:+.0%} beside the best peer's (rule: at most +1 %: {'met' if worse <= 0.01 else 'missed'})."]
+            f"{worse:+.1%} beside the best peer's (rule: at most +1 %: {'met' if worse <= 0.01 else 'missed'})."]
     speed = run[run.work == "harvest"].set_index("system").tokens_per_s
     if len(speed):
         told += [f"Activations: {speed['ours'] / speed['transformerlens']:.1f} times TransformerLens's cached forward (aim: 5),",
