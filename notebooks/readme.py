@@ -81,7 +81,7 @@ def speed() -> str:
                 latest[path.stem[11:], work] = (path, part)
     lines = ["| work | system | d_sae | tokens/s | of ours | peak GiB | held-out NMSE |", "|---|---|---|---|---|---|---|"]
     for _, part in latest.values():
-        for r in part.itertuples():
+        for r in part.sort_values("d_sae", kind="stable").itertuples():
             d_sae, nmse = "" if pd.isna(r.d_sae) else f"{r.d_sae:,.0f}", "" if pd.isna(r.nmse) else f"{r.nmse:.4f}"
             lines.append(f"| {r.work} | {r.system} | {d_sae} | {r.tokens_per_s:,.0f} | {r.ratio_to_ours:.2f} | {r.peak_gib:.2f} | {nmse} |")
     runs = "; ".join(f"[{name}](benchmarks/results/{name})" for name in sorted({path.name for path, _ in latest.values()}))
@@ -138,7 +138,7 @@ def profiles() -> str:
     lines = ["| work | system | d_sae | ms under the profiler | of it, in ms |", "|---|---|---|---|---|"]
     for (work, d_sae, system), part in found[1].groupby(["work", "d_sae", "system"], sort=False, dropna=False):
         most = part.nlargest(5, "ms_per_step").set_index("operation").ms_per_step
-        where = ", ".join(f"{name.removeprefix('aten::').lstrip('_')} {ms:.0f}" for name, ms in most.items())
+        where = ", ".join(f"{name.split('::')[-1].lstrip('_')} {ms:.0f}" for name, ms in most.items())
         lines.append(f"| {work} | {system} | {'' if pd.isna(d_sae) else f'{d_sae:,.0f}'} | {part.ms_per_step.sum():,.0f} | {where} |")
     name = f"[{found[0].name}](benchmarks/results/{found[0].name})"
     return "\n".join([*lines, "", paragraph(
