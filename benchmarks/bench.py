@@ -1,6 +1,6 @@
 """Speed against the peers, at equal steps with the loss beside it: one command, everything in one run, interleaved and repeated.
 
-    make bench                                             # builds .venv-peers, then runs this; about an hour on two cores
+    make bench                                             # builds .venv-peers, then runs this; about two hours on two cores
     python benchmarks/bench.py --only train_step harvest   # some of train_step, harvest, sweep, growth, profile, table, start
     python benchmarks/bench.py --shape 768 12288 32        # one shape; --quick for a look at a tiny one
 

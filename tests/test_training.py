@@ -80,14 +80,19 @@ def test_planted_features_are_recovered_better_with_a_table(planted):
 
 
 def test_null_world_gains_nothing():
-    """No table in the data: the TSAE is no better than the SAE, and its table stays small."""
-    stream, saes = PlantedStream(with_table=False), planted_saes()
+    """No table in the data: over three starts, which differ by a tenth, the TSAE is no better than the SAE; its table stays small."""
+    stream, saes = PlantedStream(with_table=False), {}
+    for seed in range(3):
+        cfg = tu.TSAEConfig(d_in=D, d_sae=2 * FEATURES, k=ACTIVE, seed=seed)
+        saes |= {f"sae {seed}": tu.TSAE(cfg), f"tsae {seed}": tu.TSAE(cfg, tu.TokenLookup(torch.zeros(V, D)))}
     tu.train(saes, stream, tu.TrainConfig(tokens=1200 * 512, lr=3e-3, lr_lookup=5e-2), progress=False)
-    assert recovered(saes["sae"], stream) > 0.8
     errors = nmses(saes, stream)
-    assert errors["tsae"] > 0.85 * errors["sae"], errors  # two seeds differ by 10 %; a table in the data gives less than 0.8
-    W = saes["tsae"].lookup.W.detach()
-    assert (W - W.mean(0)).norm(dim=-1).mean() < 1, "rows of a true table have a norm near 7"
+    mean = {system: sum(errors[f"{system} {seed}"] for seed in range(3)) / 3 for system in ("sae", "tsae")}
+    assert mean["tsae"] > 0.95 * mean["sae"], errors
+    for seed in range(3):
+        assert recovered(saes[f"sae {seed}"], stream) > 0.8
+        W = saes[f"tsae {seed}"].lookup.W.detach()
+        assert (W - W.mean(0)).norm(dim=-1).mean() < 1, "rows of a true table have a norm near 7"
 
 
 def test_the_table_has_its_own_learning_rate():
