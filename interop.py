@@ -192,3 +192,6 @@ def push_to_hub(sae: tu.TSAE, repo_id: str, private: bool = True, metadata: dict
         api = HfApi()
         api.create_repo(repo_id, private=private, exist_ok=True)
         return str(api.upload_folder(repo_id=repo_id, folder_path=folder, revision=revision, commit_message="Add SAE"))
+
+
+tu.from_pretrained, tu.check_fit, tu.push_to_hub = from_pretrained, check_fit, push_to_hub

@@ -42,7 +42,10 @@ def histogram(d: pd.DataFrame) -> str:
     """Activations above zero, a bar a bin, heights logarithmic."""
     counts = d[d.row == "histogram"].value.to_numpy()
     heights = 70 * np.log1p(counts) / np.log1p(counts.max()) if len(counts) else []
-    bars = "".join(f"<rect x='{8 * i}' y='{70 - h:.1f}' width='7' height='{h:.1f}' fill='#0072B2'/>" for i, h in enumerate(heights))
+    bars = "".join(
+        f"<rect x='{8 * i}' y='{70 - h:.1f}' width='7' height='{h:.1f}' fill='#0072B2'/>"
+        for i, h in enumerate(heights)
+    )
     greatest = d[(d.row == "number") & (d.token == "greatest")].value.iloc[0]
     ends = f"<text x='0' y='85' font-size='11'>0</text><text x='192' y='85' font-size='11' text-anchor='end'>{greatest:.1f}</text>"
     return f"<div><b>activation</b> (log count)<br><svg width='200' height='88' role='img' aria-label='histogram'>{bars}{ends}</svg></div>"
@@ -52,7 +55,9 @@ def ranking(d: pd.DataFrame, name: str) -> str:
     """One list of tokens with their numbers."""
     cells = ""
     for row in d[d.row == name].itertuples():
-        cells += f"<tr><td><code>{escape(visible(row.token))}</code></td><td>{row.value:+.2f}</td></tr>"
+        cells += (
+            f"<tr><td><code>{escape(visible(row.token))}</code></td><td>{row.value:+.2f}</td></tr>"
+        )
     return f"<table><tr><th colspan='2'>{LISTS[name]}</th></tr>{cells}</table>"
 
 

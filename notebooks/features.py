@@ -33,15 +33,21 @@ class Text:
 
     def last(self, n: int) -> Tensor:
         """Group number [P] of the last n tokens at each position; a BOS or separator may be among them."""
-        return torch.unique(tu.last_tokens(self.ids, n, int(self.ids[0, 0]))[self.keep], dim=0, return_inverse=True)[1]
+        return torch.unique(
+            tu.last_tokens(self.ids, n, int(self.ids[0, 0]))[self.keep], dim=0, return_inverse=True
+        )[1]
 
 
 def read_text(lab: Lab, layer: int, tokens: int, split: str = "heldout") -> Text:
     """At most the first `study_context` positions of each row, so that every SAE knows them."""
     ids = lab.rows(split, tokens)[:, : lab.study_context].long()
     keep = tu.keep_mask(ids, lab.lm)
-    x = torch.cat([lab.lm.activations(part, [layer])[layer][k.to(lab.lm.device)]
-                   for part, k in zip(ids.split(32), keep.split(32), strict=True)])
+    x = torch.cat(
+        [
+            lab.lm.activations(part, [layer])[layer][k.to(lab.lm.device)]
+            for part, k in zip(ids.split(32), keep.split(32), strict=True)
+        ]
+    )
     document = (ids == lab.lm.separator_id).flatten().cumsum(0).view_as(ids)
     return Text(ids, keep, x, document[keep])
 
@@ -58,8 +64,13 @@ def firing(sae: tu.TSAE, x: Tensor) -> Tensor:
     return sum((sae.encode(part) > 0).sum(0) for part in x.split(4096)).cpu()
 
 
-def locality(acts_PF: Tensor, groups: list[Tensor], document: Tensor, folds: int = 5,
-             shrinkage: float = SHRINKAGE) -> tuple[Tensor, Tensor]:
+def locality(
+    acts_PF: Tensor,
+    groups: list[Tensor],
+    document: Tensor,
+    folds: int = 5,
+    shrinkage: float = SHRINKAGE,
+) -> tuple[Tensor, Tensor]:
     """Share of each feature's activation variance that the last n tokens predict, n = 1..len(groups) [n, F], and coverage [n, F].
 
     The prediction for a position is the mean activation over the other folds' positions with the same last n tokens,
@@ -93,17 +104,29 @@ def feature_table(sae: tu.TSAE, text: Text, features: Tensor, orders: int = 3) -
     for part in tqdm(features.split(256), desc="locality"):
         acts = activations(sae, text.x, part.to(sae.W_dec.device))
         share, coverage = locality(acts, groups, text.document)
-        rows.append(pd.DataFrame({
-            "feature": part.numpy(), "frequency": (acts > 0).float().mean(0).numpy(), "mass": acts.square().sum(0).numpy(),
-            "greatest": acts.amax(0).numpy(), **{f"locality_{n}": share[n - 1].numpy() for n in range(1, orders + 1)},
-            **{f"coverage_{n}": coverage[n - 1].numpy() for n in range(1, orders + 1)}}))
+        rows.append(
+            pd.DataFrame(
+                {
+                    "feature": part.numpy(),
+                    "frequency": (acts > 0).float().mean(0).numpy(),
+                    "mass": acts.square().sum(0).numpy(),
+                    "greatest": acts.amax(0).numpy(),
+                    **{f"locality_{n}": share[n - 1].numpy() for n in range(1, orders + 1)},
+                    **{f"coverage_{n}": coverage[n - 1].numpy() for n in range(1, orders + 1)},
+                }
+            )
+        )
     return pd.concat(rows, ignore_index=True)
 
 
 def sample_features(sae: tu.TSAE, text: Text, n: int, seed: int = 0, least: int = 10) -> Tensor:
     """At most n features, drawn evenly from those that fire on at least `least` positions."""
     alive = torch.nonzero(firing(sae, text.x) >= least).squeeze(-1)
-    return alive[torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))[:n]].sort().values
+    return (
+        alive[torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))[:n]]
+        .sort()
+        .values
+    )
 
 
 def prompts(lab: Lab, grams: Tensor) -> Tensor:
@@ -114,7 +137,12 @@ def prompts(lab: Lab, grams: Tensor) -> Tensor:
 @torch.no_grad()
 def gram_activations(lab: Lab, grams: Tensor, layer: int) -> Tensor:
     """The residual stream at the last token of each n-gram's prompt [G, D]."""
-    return torch.cat([lab.lm.activations(part, [layer])[layer][:, -1] for part in prompts(lab, grams).split(1024)])
+    return torch.cat(
+        [
+            lab.lm.activations(part, [layer])[layer][:, -1]
+            for part in prompts(lab, grams).split(1024)
+        ]
+    )
 
 
 def common_grams(lab: Lab, n: int, limit: int) -> tuple[Tensor, np.ndarray]:
@@ -123,14 +151,18 @@ def common_grams(lab: Lab, n: int, limit: int) -> tuple[Tensor, np.ndarray]:
     Counted on at most the profile's `ngram_tokens`, evenly spaced.
     """
     ids, wanted = lab.train_rows, max(1, lab.p.ngram_tokens // lab.train_rows.shape[1])
-    ids = (ids if wanted >= len(ids) else ids[torch.linspace(0, len(ids) - 1, wanted).long()]).long()
+    ids = (
+        ids if wanted >= len(ids) else ids[torch.linspace(0, len(ids) - 1, wanted).long()]
+    ).long()
     whole = tu.keep_mask(ids, lab.lm).unfold(1, n, 1).all(-1)
     grams = ids.unfold(1, n, 1)[whole]
     key = torch.zeros(len(grams), dtype=torch.int64)
     for column in grams.T:  # the number of each n-gram among those that occur, column by column
         key = torch.unique(key * lab.lm.n_vocab + column, return_inverse=True)[1]
     count = torch.bincount(key)
-    first = torch.full((len(count),), len(grams)).scatter_reduce_(0, key, torch.arange(len(grams)), "amin")
+    first = torch.full((len(count),), len(grams)).scatter_reduce_(
+        0, key, torch.arange(len(grams)), "amin"
+    )
     top = count.topk(min(limit, len(count))).indices
     return grams[first[top]], count[top].numpy()
 
@@ -138,20 +170,34 @@ def common_grams(lab: Lab, n: int, limit: int) -> tuple[Tensor, np.ndarray]:
 def token_counts(lab: Lab) -> Tensor:
     """How often each token occurs [V], on the rows of `common_grams`."""
     grams, count = common_grams(lab, 1, lab.lm.n_vocab)
-    return torch.zeros(lab.lm.n_vocab, dtype=torch.int64).index_put((grams[:, 0],), torch.from_numpy(count))
+    return torch.zeros(lab.lm.n_vocab, dtype=torch.int64).index_put(
+        (grams[:, 0],), torch.from_numpy(count)
+    )
 
 
 def logit_directions(lm: tu.LanguageModel) -> Tensor:
     """W_U [V, D] behind the final norm's gain: a direction of the stream times this is its direct effect on the logits."""
-    gains = [m.weight for m in lm.model.base_model.children() if getattr(m, "weight", None) is not None and m.weight.shape == (lm.d_model,)]
+    gains = [
+        m.weight
+        for m in lm.model.base_model.children()
+        if getattr(m, "weight", None) is not None and m.weight.shape == (lm.d_model,)
+    ]
     W_U = lm.model.get_output_embeddings().weight.detach().float()
     W_U = W_U * gains[-1].detach().float() if gains else W_U
     return W_U - W_U.mean(-1, keepdim=True) if lm.centred else W_U
 
 
 @torch.no_grad()
-def describe(lab: Lab, sae: tu.TSAE, feature: int, text: Text, contexts: int = 8, window: int = 10, top: int = 8,
-             acts: Tensor | None = None) -> pd.DataFrame:
+def describe(
+    lab: Lab,
+    sae: tu.TSAE,
+    feature: int,
+    text: Text,
+    contexts: int = 8,
+    window: int = 10,
+    top: int = 8,
+    acts: Tensor | None = None,
+) -> pd.DataFrame:
     """Everything a dashboard shows of one feature, a row each: `row, rank, place, token, value`.
 
     row is context (a token of a strong context, with the activation on it; place 0 is the strongest token), histogram
@@ -159,6 +205,7 @@ def describe(lab: Lab, sae: tu.TSAE, feature: int, text: Text, contexts: int = 8
     (cosine of the decoder row with a row of unigram activations, means removed) or number (a statistic). `acts` are the
     feature's activations [P] where they are known: encoding the text is the slow part.
     """
+
     def word(token: int) -> str:
         return lab.lm.tokenizer.decode([token])
 
@@ -166,29 +213,56 @@ def describe(lab: Lab, sae: tu.TSAE, feature: int, text: Text, contexts: int = 8
         acts = activations(sae, text.x, torch.tensor([feature], device=text.x.device))[:, 0]
     grid = torch.zeros(text.ids.shape)
     grid[text.keep] = acts
-    numbers = {"frequency": (acts > 0).float().mean(), "greatest": acts.max(), "decoder norm": sae.W_dec[feature].norm()}
-    rows = [{"row": "number", "token": name, "value": value.item()} for name, value in numbers.items()]
+    numbers = {
+        "frequency": (acts > 0).float().mean(),
+        "greatest": acts.max(),
+        "decoder norm": sae.W_dec[feature].norm(),
+    }
+    rows = [
+        {"row": "number", "token": name, "value": value.item()} for name, value in numbers.items()
+    ]
     place, used, rank = text.keep.nonzero(), set(), 0
     for at in acts.argsort(descending=True).tolist():
         r, c = place[at].tolist()
         if rank == contexts or acts[at] <= 0:
             break
-        document, wording = int(text.document[at]), tuple(text.ids[r, max(0, c - 2) : c + 1].tolist())
+        document, wording = (
+            int(text.document[at]),
+            tuple(text.ids[r, max(0, c - 2) : c + 1].tolist()),
+        )
         if document in used or wording in used:
             continue  # one context for each document and each wording
         used |= {document, wording}
         rank += 1
         for i in range(max(1, c - window), min(text.ids.shape[1], c + window // 2 + 1)):
-            rows.append({"row": "context", "rank": rank, "place": i - c, "token": word(int(text.ids[r, i])), "value": grid[r, i].item()})
+            rows.append(
+                {
+                    "row": "context",
+                    "rank": rank,
+                    "place": i - c,
+                    "token": word(int(text.ids[r, i])),
+                    "value": grid[r, i].item(),
+                }
+            )
     fired = acts[acts > 0].numpy()
     if len(fired):
         count, edges = np.histogram(fired, bins=24, range=(0, fired.max()))
-        rows += [{"row": "histogram", "rank": i, "place": edges[i], "value": float(n)} for i, n in enumerate(count)]
+        rows += [
+            {"row": "histogram", "rank": i, "place": edges[i], "value": float(n)}
+            for i, n in enumerate(count)
+        ]
     direction = sae.W_dec[feature]
     effect = logit_directions(lab.lm) @ direction
     table = lab.unigrams(tu.parse_hook(sae.cfg.hook_name, lab.lm.n_layers))
     cosine = torch.cosine_similarity(table - table.mean(0), direction, dim=-1)
-    for name, values, largest in (("boosted", effect, True), ("suppressed", effect, False), ("table", cosine, True)):
+    for name, values, largest in (
+        ("boosted", effect, True),
+        ("suppressed", effect, False),
+        ("table", cosine, True),
+    ):
         v, i = values.topk(top, largest=largest)
-        rows += [{"row": name, "rank": n + 1, "token": word(int(i[n])), "value": v[n].item()} for n in range(len(v))]
+        rows += [
+            {"row": name, "rank": n + 1, "token": word(int(i[n])), "value": v[n].item()}
+            for n in range(len(v))
+        ]
     return pd.DataFrame(rows).assign(feature=feature)

@@ -20,7 +20,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
 from pathlib import Path
 
-if os.environ.get("TSAE_TEXT_PROGRESS"):  # set by run.py: bars as text, so that a terminal and a saved notebook show them
+if os.environ.get(
+    "TSAE_TEXT_PROGRESS"
+):  # set by run.py: bars as text, so that a terminal and a saved notebook show them
     import tqdm.notebook
 
     tqdm.notebook.IProgress = None
@@ -39,7 +41,9 @@ from safetensors.torch import load_file, save_file  # noqa: E402
 from scipy import stats  # noqa: E402
 from transformers.utils import logging as transformers_logging  # noqa: E402
 
-os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # nothing is sent anywhere, not even a count of loads
+os.environ.setdefault(
+    "HF_UPDATE_DOWNLOAD_COUNTS", "0"
+)  # nothing is sent anywhere, not even a count of loads
 
 import interop  # noqa: E402
 import tsae_utils as tu  # noqa: E402
@@ -66,7 +70,11 @@ class Profile:
     published: str = ""  # a folder for each hook point: SAEs that stand for the paper's in figures 2, 3, 4 and 7, tables 1 and 3
     context_size: int = 256  # the paper's
     depth: float = 2 / 3  # the main layer: testbed 4 of 6, GPT-2 8 of 12, Pythia 16 of 24
-    depths: tuple[float, ...] = (5 / 12, 8 / 12, 11 / 12)  # figures 2 and 3; the paper: GPT-2 layers 5, 8, 11
+    depths: tuple[float, ...] = (
+        5 / 12,
+        8 / 12,
+        11 / 12,
+    )  # figures 2 and 3; the paper: GPT-2 layers 5, 8, 11
     expansion: int = 16
     ks: tuple[int, ...] = (4, 8, 16, 32, 64)
     k: int = 16  # where one k is enough
@@ -75,22 +83,46 @@ class Profile:
     probe_tokens: int = 500_000  # the SAEs of figure 2, nine of every system
     batch_size: int = 4096
     buffer_tokens: int = 2**17
-    lrs: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2, 0.128)  # the grid of every system
+    lrs: tuple[float, ...] = (
+        2e-3,
+        4e-3,
+        8e-3,
+        1.6e-2,
+        3.2e-2,
+        6.4e-2,
+        0.128,
+    )  # the grid of every system
     lr_tokens: int = 1_000_000  # a run of the search
-    table_lrs: tuple[float, ...] = ()  # more rates for figure 6's table-only, whose one rate is the table's
+    table_lrs: tuple[
+        float, ...
+    ] = ()  # more rates for figure 6's table-only, whose one rate is the table's
     sae_lr: float = 8e-3  # where a notebook has no search of its own: what figure 6's chose (fig6_pareto_lr.csv)
     tsae_lr: float = 4e-3
     lr_end: float = 0.0  # learning rates fall to this share
     l1s: tuple[float, ...] = (4.0, 10.0, 24.0)  # figure 6: relu; gated twice that
     architecture_tokens: int = 1_000_000  # figure 6: batchtopk, relu, gated
     eval_tokens: int = 24_000  # held-out tokens for cross-entropy
-    speedup_depths: tuple[float, ...] = (1 / 6, 2 / 6, 3 / 6, 4 / 6, 5 / 6)  # notebook 10: every layer of the testbed but the embedding
+    speedup_depths: tuple[float, ...] = (
+        1 / 6,
+        2 / 6,
+        3 / 6,
+        4 / 6,
+        5 / 6,
+    )  # notebook 10: every layer of the testbed but the embedding
     budgets: tuple[int, ...] = (500_000, 2_000_000)  # notebook 10
     curve_tokens: int = 6_000  # held-out tokens of its measurements on the way
     curve_points: int = 12
     ablation_tokens: int = 1_000_000  # notebook 11
-    expansions: tuple[int, ...] = (4, 8, 16, 32, 64)  # notebooks 07 and 12: widths in multiples of d_model
-    feature_tokens: int = 100_000  # held-out tokens on which features are studied: notebooks 04, 07, 08, 09, 11
+    expansions: tuple[int, ...] = (
+        4,
+        8,
+        16,
+        32,
+        64,
+    )  # notebooks 07 and 12: widths in multiples of d_model
+    feature_tokens: int = (
+        100_000  # held-out tokens on which features are studied: notebooks 04, 07, 08, 09, 11
+    )
     features: int = 512  # features of each SAE in a study
     ngram_tokens: int = 20_000_000  # n-grams are counted on so many tokens at most
     ngrams: int = 20_000  # figures 2 and 3: at most so many bigrams
@@ -100,41 +132,141 @@ class Profile:
 
 
 GPT2 = Profile(  # the paper's settings, where they are known; seeds and the rest as in `record`
-    "gpt2", model="openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e",
+    "gpt2",
+    model="openai-community/gpt2@607a30d783dfa663caf39e06633721c8d4cfcd7e",
     corpus="allenai/c4:en@1588ec454efa1a09f29cd18ddd04fe05fc8653a2",
     ngram_corpus="Skylion007/openwebtext:plain_text@79d93d786212f7344586290adb811d4ae6a1762c",
     published="jbloom/GPT2-Small-SAEs-Reformatted@57d08a4fd333fbf18caf3fbea63ceeb88e2f50d9",
-    ks=(5, 10, 20, 30, 50), k=30, tokens=300_000_000, probe_tokens=60_000_000, lrs=(1e-4,), table_lrs=(1e-3, 1e-2),
-    sae_lr=1e-4, tsae_lr=1e-4, lr_end=0.3, l1s=(8.0, 16.0, 32.0, 64.0), architecture_tokens=300_000_000, eval_tokens=100_000,
-    speedup_depths=tuple(i / 12 for i in range(5, 12)), budgets=(75_000_000, 300_000_000), curve_tokens=20_000, curve_points=16,
-    ablation_tokens=131_000_000, feature_tokens=300_000, ngram_tokens=100_000_000, ngrams=35_000, gib=12.0)
+    ks=(5, 10, 20, 30, 50),
+    k=30,
+    tokens=300_000_000,
+    probe_tokens=60_000_000,
+    lrs=(1e-4,),
+    table_lrs=(1e-3, 1e-2),
+    sae_lr=1e-4,
+    tsae_lr=1e-4,
+    lr_end=0.3,
+    l1s=(8.0, 16.0, 32.0, 64.0),
+    architecture_tokens=300_000_000,
+    eval_tokens=100_000,
+    speedup_depths=tuple(i / 12 for i in range(5, 12)),
+    budgets=(75_000_000, 300_000_000),
+    curve_tokens=20_000,
+    curve_points=16,
+    ablation_tokens=131_000_000,
+    feature_tokens=300_000,
+    ngram_tokens=100_000_000,
+    ngrams=35_000,
+    gib=12.0,
+)
 PROFILES = {
     "record": Profile("record"),
-    "mini": Profile("mini", ks=(8, 32), seeds=(0,), tokens=400_000, probe_tokens=200_000, lrs=(4e-3, 8e-3), lr_tokens=60_000,
-                    l1s=(10.0,), architecture_tokens=60_000, eval_tokens=10_000, ngrams=4_000, patch_rows=16, patch_positions=16,
-                    speedup_depths=(4 / 6,), budgets=(100_000, 400_000), curve_tokens=3_000, curve_points=8, ablation_tokens=200_000,
-                    expansions=(4, 16), feature_tokens=30_000, features=256),
-    "smoke": Profile("smoke", expansion=1, ks=(4,), k=4, seeds=(0, 1), tokens=4_096, probe_tokens=4_096, batch_size=512,
-                     buffer_tokens=2_048, lrs=(4e-3,), lr_tokens=1_024, l1s=(10.0,), architecture_tokens=2_048,
-                     eval_tokens=1_024, ngram_tokens=50_000, ngrams=200,
-                     patch_rows=2, patch_positions=4, speedup_depths=(4 / 6,),
-                     budgets=(2_048, 4_096), curve_tokens=512, curve_points=3, ablation_tokens=1_024, expansions=(1, 2),
-                     feature_tokens=2_048, features=16),
+    "mini": Profile(
+        "mini",
+        ks=(8, 32),
+        seeds=(0,),
+        tokens=400_000,
+        probe_tokens=200_000,
+        lrs=(4e-3, 8e-3),
+        lr_tokens=60_000,
+        l1s=(10.0,),
+        architecture_tokens=60_000,
+        eval_tokens=10_000,
+        ngrams=4_000,
+        patch_rows=16,
+        patch_positions=16,
+        speedup_depths=(4 / 6,),
+        budgets=(100_000, 400_000),
+        curve_tokens=3_000,
+        curve_points=8,
+        ablation_tokens=200_000,
+        expansions=(4, 16),
+        feature_tokens=30_000,
+        features=256,
+    ),
+    "smoke": Profile(
+        "smoke",
+        expansion=1,
+        ks=(4,),
+        k=4,
+        seeds=(0, 1),
+        tokens=4_096,
+        probe_tokens=4_096,
+        batch_size=512,
+        buffer_tokens=2_048,
+        lrs=(4e-3,),
+        lr_tokens=1_024,
+        l1s=(10.0,),
+        architecture_tokens=2_048,
+        eval_tokens=1_024,
+        ngram_tokens=50_000,
+        ngrams=200,
+        patch_rows=2,
+        patch_positions=4,
+        speedup_depths=(4 / 6,),
+        budgets=(2_048, 4_096),
+        curve_tokens=512,
+        curve_points=3,
+        ablation_tokens=1_024,
+        expansions=(1, 2),
+        feature_tokens=2_048,
+        features=16,
+    ),
     # a tenth of the tokens and one seed; the authors' rate is the lowest of the grid, as a short run may want a higher one
-    "gpt2-lite": replace(GPT2, name="gpt2-lite", ks=(10, 30), seeds=(0,), depths=(8 / 12,), tokens=30_000_000, probe_tokens=10_000_000,
-                         lrs=(1e-4, 4e-4, 1.6e-3), table_lrs=(1e-2,), lr_tokens=3_000_000, sae_lr=4e-4, tsae_lr=4e-4, l1s=(8.0, 32.0),
-                         architecture_tokens=10_000_000, eval_tokens=50_000, speedup_depths=(8 / 12,), budgets=(7_500_000, 30_000_000),
-                         curve_tokens=10_000, ablation_tokens=10_000_000, expansions=(4, 16, 32), feature_tokens=100_000,
-                         ngram_tokens=30_000_000, ngrams=20_000),
+    "gpt2-lite": replace(
+        GPT2,
+        name="gpt2-lite",
+        ks=(10, 30),
+        seeds=(0,),
+        depths=(8 / 12,),
+        tokens=30_000_000,
+        probe_tokens=10_000_000,
+        lrs=(1e-4, 4e-4, 1.6e-3),
+        table_lrs=(1e-2,),
+        lr_tokens=3_000_000,
+        sae_lr=4e-4,
+        tsae_lr=4e-4,
+        l1s=(8.0, 32.0),
+        architecture_tokens=10_000_000,
+        eval_tokens=50_000,
+        speedup_depths=(8 / 12,),
+        budgets=(7_500_000, 30_000_000),
+        curve_tokens=10_000,
+        ablation_tokens=10_000_000,
+        expansions=(4, 16, 32),
+        feature_tokens=100_000,
+        ngram_tokens=30_000_000,
+        ngrams=20_000,
+    ),
     "gpt2": GPT2,
-    "pythia": replace(GPT2, name="pythia", model="EleutherAI/pythia-1.4b@fedc38a16eea3bd36a96b906d78d11d2ce18ed79", published="",
-                      depths=(12 / 24, 16 / 24, 20 / 24), expansion=8, ks=(30, 50), k=50, tokens=131_000_000, probe_tokens=30_000_000,
-                      l1s=(8.0, 32.0), architecture_tokens=30_000_000, eval_tokens=50_000, speedup_depths=(12 / 24, 16 / 24, 20 / 24),
-                      budgets=(32_000_000, 131_000_000), expansions=(4, 8, 16), feature_tokens=100_000),
+    "pythia": replace(
+        GPT2,
+        name="pythia",
+        model="EleutherAI/pythia-1.4b@fedc38a16eea3bd36a96b906d78d11d2ce18ed79",
+        published="",
+        depths=(12 / 24, 16 / 24, 20 / 24),
+        expansion=8,
+        ks=(30, 50),
+        k=50,
+        tokens=131_000_000,
+        probe_tokens=30_000_000,
+        l1s=(8.0, 32.0),
+        architecture_tokens=30_000_000,
+        eval_tokens=50_000,
+        speedup_depths=(12 / 24, 16 / 24, 20 / 24),
+        budgets=(32_000_000, 131_000_000),
+        expansions=(4, 8, 16),
+        feature_tokens=100_000,
+    ),
 }
-CACHE_VERSION = {"batchtopk": 4}  # 3 for the others; raise when a change of code changes what training makes
+CACHE_VERSION = {
+    "batchtopk": 4
+}  # 3 for the others; raise when a change of code changes what training makes
 
-PAPER_PROFILES = ("gpt2", "pythia")  # here, unchanged, a claim can be reproduced; elsewhere its effect is present or absent
+PAPER_PROFILES = (
+    "gpt2",
+    "pythia",
+)  # here, unchanged, a claim can be reproduced; elsewhere its effect is present or absent
 
 # One look for each system in every figure: Okabe-Ito colours, told apart by marker too
 SYSTEMS = {
@@ -192,11 +324,16 @@ def paired_interval(differences: np.ndarray) -> tuple[float, float, float]:
     return float(d.mean()), float(d.mean() - half), float(d.mean() + half)
 
 
-def bootstrap_interval(statistic, *columns: np.ndarray, n: int = 1000, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap_interval(
+    statistic, *columns: np.ndarray, n: int = 1000, seed: int = 0
+) -> tuple[float, float, float]:
     """(value, low, high) of `statistic(*columns)`, 95 % by resampling rows."""
     rng = np.random.default_rng(seed)
     columns = [np.asarray(c) for c in columns]
-    draws = [statistic(*(c[i] for c in columns)) for i in rng.integers(len(columns[0]), size=(n, len(columns[0])))]
+    draws = [
+        statistic(*(c[i] for c in columns))
+        for i in rng.integers(len(columns[0]), size=(n, len(columns[0])))
+    ]
     return float(statistic(*columns)), *(float(q) for q in np.percentile(draws, [2.5, 97.5]))
 
 
@@ -214,7 +351,9 @@ def plain_log(*axes: plt.Axes) -> None:
         for axis, scale in ((ax.xaxis, ax.get_xscale()), (ax.yaxis, ax.get_yscale())):
             if scale == "log":
                 low, high = axis.get_view_interval()
-                axis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,)))
+                axis.set_major_locator(
+                    ticker.LogLocator(subs=(1, 2, 5) if high < 200 * low else (1,))
+                )
                 axis.set_major_formatter(ticker.FuncFormatter(_plain))
                 axis.set_minor_formatter(ticker.NullFormatter())
 
@@ -251,25 +390,49 @@ def public_name(source: str) -> str:
 
 def as_recorded(p: Profile) -> dict:
     """A profile as records of runs hold it."""
-    return asdict(p) | {k: public_name(getattr(p, k)) for k in ("model", "corpus", "ngram_corpus", "published")}
+    return asdict(p) | {
+        k: public_name(getattr(p, k)) for k in ("model", "corpus", "ngram_corpus", "published")
+    }
 
 
 def rehearsal(p: Profile, share: str) -> Profile:
     """The profile with a share of its token budgets, a batch at the least."""
     if not 0 < float(share) <= 1:
-        raise ValueError(f"TSAE_BUDGET={share} must be a share of the profile's tokens, above 0 and at most 1")
-    names = [f.name for f in fields(Profile) if f.name.endswith("tokens") and f.name != "buffer_tokens"]
+        raise ValueError(
+            f"TSAE_BUDGET={share} must be a share of the profile's tokens, above 0 and at most 1"
+        )
+    names = [
+        f.name for f in fields(Profile) if f.name.endswith("tokens") and f.name != "buffer_tokens"
+    ]
     less = {n: max(p.batch_size, int(float(share) * getattr(p, n))) for n in names}
-    return replace(p, **less, budgets=tuple(max((i + 1) * p.batch_size, int(float(share) * b)) for i, b in enumerate(p.budgets)))
+    return replace(
+        p,
+        **less,
+        budgets=tuple(
+            max((i + 1) * p.batch_size, int(float(share) * b)) for i, b in enumerate(p.budgets)
+        ),
+    )
 
 
 def settings(profile: str) -> tuple[Profile, Path]:
     """A profile as the environment changes it, and the folder of its figures."""
     if profile not in PROFILES:
-        raise ValueError(f"unknown profile {profile!r}: TSAE_PROFILE must be one of {', '.join(PROFILES)}")
-    own = {k: os.environ[v] for k in ("model", "corpus", "ngram_corpus", "published") if os.environ.get(v := f"TSAE_{k.upper()}")}
-    own = ({"ngram_corpus": ""} if "corpus" in own else {}) | ({"published": ""} if "model" in own else {}) | own
-    p = replace(PROFILES[profile], **own, gib=float(os.environ.get("TSAE_GIB") or PROFILES[profile].gib))
+        raise ValueError(
+            f"unknown profile {profile!r}: TSAE_PROFILE must be one of {', '.join(PROFILES)}"
+        )
+    own = {
+        k: os.environ[v]
+        for k in ("model", "corpus", "ngram_corpus", "published")
+        if os.environ.get(v := f"TSAE_{k.upper()}")
+    }
+    own = (
+        ({"ngram_corpus": ""} if "corpus" in own else {})
+        | ({"published": ""} if "model" in own else {})
+        | own
+    )
+    p = replace(
+        PROFILES[profile], **own, gib=float(os.environ.get("TSAE_GIB") or PROFILES[profile].gib)
+    )
     name = f"{profile}-{Path(tu.hub_name(p.model)[0]).name}" if own else profile
     if share := os.environ.get("TSAE_BUDGET"):
         p, name = rehearsal(p, share), f"{name}-x{share}"
@@ -313,14 +476,20 @@ class Lab:
 
     @property
     def corpus_name(self) -> str:
-        return "software documentation" if self.p.corpus == "testbed" else public_name(self.p.corpus)
+        return (
+            "software documentation" if self.p.corpus == "testbed" else public_name(self.p.corpus)
+        )
 
     @cached_property
     def weights_sha256(self) -> str:
         """Of the model's file of weights, to compare with the hub's; empty where there are several."""
         name, revision = tu.hub_name(self.lm.name)
         file = "model.safetensors"
-        found = Path(name, file) if Path(name).is_dir() else try_to_load_from_cache(name, file, revision=revision)
+        found = (
+            Path(name, file)
+            if Path(name).is_dir()
+            else try_to_load_from_cache(name, file, revision=revision)
+        )
         if not isinstance(found, str | Path) or not Path(found).exists():
             return ""
         with open(found, "rb") as file:
@@ -328,7 +497,10 @@ class Lab:
 
     @cached_property
     def context_size(self) -> int:
-        return min(self.p.context_size, getattr(self.lm.model.config, "max_position_embeddings", self.p.context_size))
+        return min(
+            self.p.context_size,
+            getattr(self.lm.model.config, "max_position_embeddings", self.p.context_size),
+        )
 
     @cached_property
     def layer(self) -> int:
@@ -350,8 +522,13 @@ class Lab:
             if manifest["missing"]:
                 print(f"corpus without {', '.join(manifest['missing'])}: not installed here")
             record = ROOT / "figures" / "record" / f"{self.id}.json"
-            if record.exists() and json.loads(record.read_text())["corpus_hash"] != manifest["hash"]:
-                print("note: the documentation installed here is not the committed record's (other versions): numbers will differ a little")
+            if (
+                record.exists()
+                and json.loads(record.read_text())["corpus_hash"] != manifest["hash"]
+            ):
+                print(
+                    "note: the documentation installed here is not the committed record's (other versions): numbers will differ a little"
+                )
             return manifest["hash"]
         return corpus_key(self.p.corpus)
 
@@ -376,22 +553,44 @@ class Lab:
         corpus = corpus or self.p.corpus
         if corpus == "testbed":
             return self._read_rows(split, tokens, corpus, np.inf)
-        vocabulary = hashlib.sha256(json.dumps(sorted(self.lm.tokenizer.get_vocab().items())).encode()).hexdigest()
-        key = [corpus_key(corpus), split, int(tokens), self.context_size, vocabulary, self.lm.bos_id, self.lm.separator_id]
-        path = self.cache / f"rows-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.safetensors"
+        vocabulary = hashlib.sha256(
+            json.dumps(sorted(self.lm.tokenizer.get_vocab().items())).encode()
+        ).hexdigest()
+        key = [
+            corpus_key(corpus),
+            split,
+            int(tokens),
+            self.context_size,
+            vocabulary,
+            self.lm.bos_id,
+            self.lm.separator_id,
+        ]
+        path = (
+            self.cache
+            / f"rows-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]}.safetensors"
+        )
         if not path.exists():
             local = Path(corpus).expanduser().exists()
-            save_atomically({"rows": self._read_rows(split, tokens, corpus, (8 if local else 1) * tokens)}, path)
+            save_atomically(
+                {"rows": self._read_rows(split, tokens, corpus, (8 if local else 1) * tokens)}, path
+            )
         return load_file(path)["rows"]
 
     def _read_rows(self, split: str, tokens: float, corpus: str, limit: float) -> torch.Tensor:
         try:
-            rows = tu.token_rows(self.documents(split, corpus), self.lm, self.context_size, max(limit, 2 * self.context_size),
-                                 progress=corpus != "testbed" and tokens > 10**6)
+            rows = tu.token_rows(
+                self.documents(split, corpus),
+                self.lm,
+                self.context_size,
+                max(limit, 2 * self.context_size),
+                progress=corpus != "testbed" and tokens > 10**6,
+            )
         except ValueError as error:
             raise ValueError(f"split {split!r} of {corpus}: {error}") from error
         wanted = max(2, int(tokens) // (self.context_size - 1))
-        return rows if wanted >= len(rows) else rows[torch.linspace(0, len(rows) - 1, wanted).long()]
+        return (
+            rows if wanted >= len(rows) else rows[torch.linspace(0, len(rows) - 1, wanted).long()]
+        )
 
     @cached_property
     def train_rows(self) -> torch.Tensor:
@@ -419,7 +618,9 @@ class Lab:
         if self.p.published and layer not in self._published:
             name, revision = tu.hub_name(self.p.published)
             sae = interop.from_pretrained(name, self.hook(layer), revision)
-            print(f"published SAE: {public_name(name)}, {self.hook(layer)}, {sae.cfg.d_sae:,} features, context {sae.cfg.context_size}")
+            print(
+                f"published SAE: {public_name(name)}, {self.hook(layer)}, {sae.cfg.d_sae:,} features, context {sae.cfg.context_size}"
+            )
             rows = self.rows("heldout", 8 * self.context_size)[:, : max(2, sae.cfg.context_size)]
             self._published[layer] = interop.check_fit(sae, self.lm, rows)
         return {"published": self._published[layer]} if self.p.published else {}
@@ -427,14 +628,23 @@ class Lab:
     @cached_property
     def study_context(self) -> int:
         """Positions of a row on which features are studied: those that a published SAE was trained on, else all."""
-        trained = [sae.cfg.context_size for sae in self.published(self.layer).values() if sae.cfg.context_size > 1]
+        trained = [
+            sae.cfg.context_size
+            for sae in self.published(self.layer).values()
+            if sae.cfg.context_size > 1
+        ]
         return min([self.context_size, *trained])
 
     def unigrams(self, layer: int) -> torch.Tensor:
         """A([BOS, t])_1 of every token [V, D], cached on disk."""
-        path = self.cache / f"unigrams-{self.lm.fingerprint}-{layer}{'' if self.lm.bf16 else '-fp32'}.safetensors"
+        path = (
+            self.cache
+            / f"unigrams-{self.lm.fingerprint}-{layer}{'' if self.lm.bf16 else '-fp32'}.safetensors"
+        )
         if not path.exists():
-            save_atomically({"unigrams": tu.unigram_activations(self.lm, self.hook(layer), progress=True)}, path)
+            save_atomically(
+                {"unigrams": tu.unigram_activations(self.lm, self.hook(layer), progress=True)}, path
+            )
         return load_file(path)["unigrams"].to(self.lm.device)
 
     def token_means(self, layer: int) -> torch.Tensor:
@@ -444,33 +654,72 @@ class Lab:
         total, count = torch.zeros(self.lm.n_vocab, self.lm.d_model), torch.zeros(self.lm.n_vocab)
         for part in ids.split(32):
             keep = tu.keep_mask(part, self.lm)
-            total.index_add_(0, part[keep], self.lm.activations(part, [layer])[layer][keep.to(self.lm.device)].cpu())
+            total.index_add_(
+                0,
+                part[keep],
+                self.lm.activations(part, [layer])[layer][keep.to(self.lm.device)].cpu(),
+            )
             count += torch.bincount(part[keep], minlength=self.lm.n_vocab)
         mean = total.sum(0) / count.sum()
-        return torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], mean).to(self.lm.device)
+        return torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], mean).to(
+            self.lm.device
+        )
 
     def _new_sae(self, arm: Arm, layer: int, seed: int) -> tu.TSAE:
-        cfg = tu.TSAEConfig(d_in=self.lm.d_model, d_sae=arm.d_sae, activation=arm.activation, k=arm.k, seed=seed,
-                            l1_coefficient=arm.l1_coefficient, encoder_scale=arm.encoder_scale, model_name=self.model_name,
-                            hook_name=self.hook(layer), context_size=self.context_size)
+        cfg = tu.TSAEConfig(
+            d_in=self.lm.d_model,
+            d_sae=arm.d_sae,
+            activation=arm.activation,
+            k=arm.k,
+            seed=seed,
+            l1_coefficient=arm.l1_coefficient,
+            encoder_scale=arm.encoder_scale,
+            model_name=self.model_name,
+            hook_name=self.hook(layer),
+            context_size=self.context_size,
+        )
         if not arm.start:
             return tu.TSAE(cfg).to(self.lm.device)
         table = self.token_means(layer) if arm.start == "mean" else self.unigrams(layer)
         if arm.start == "shuffled":
-            table = table[torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).to(table.device)]
+            table = table[
+                torch.randperm(len(table), generator=torch.Generator().manual_seed(seed)).to(
+                    table.device
+                )
+            ]
         scale = 0.0 if arm.start == "zero" else arm.table_scale
-        return tu.TSAE(cfg, tu.TokenLookup(scale * table, trainable=not arm.frozen)).to(self.lm.device)
+        return tu.TSAE(cfg, tu.TokenLookup(scale * table, trainable=not arm.frozen)).to(
+            self.lm.device
+        )
 
-    def train_or_load(self, arms: dict[str, Arm], layer: int, seed: int, tokens: int) -> dict[str, tu.TSAE]:
+    def train_or_load(
+        self, arms: dict[str, Arm], layer: int, seed: int, tokens: int
+    ) -> dict[str, tu.TSAE]:
         """Trained SAEs by name. What the cache lacks is trained in one pass of the language model (in several where the
         profile's `gib` would not hold it), then saved.
 
         Each SAE carries `record`: its dead fraction, seconds and the tokens it saw.
         """
+
         def folder(arm: Arm) -> Path:
-            own = {f.name: getattr(arm, f.name) for f in fields(Arm) if getattr(arm, f.name) != f.default}  # a new field changes no key
-            key = [CACHE_VERSION.get(arm.activation, 3), own, layer, seed, tokens, self.p.batch_size, self.p.buffer_tokens,
-                   self.lm.fingerprint, self.lm.bf16, rows, *[self.p.lr_end] * (self.p.lr_end > 0)]
+            own = {
+                f.name: getattr(arm, f.name)
+                for f in fields(Arm)
+                if getattr(arm, f.name) != f.default
+            }  # a new field changes no key
+            key = [
+                CACHE_VERSION.get(arm.activation, 3),
+                own,
+                layer,
+                seed,
+                tokens,
+                self.p.batch_size,
+                self.p.buffer_tokens,
+                self.lm.fingerprint,
+                self.lm.bf16,
+                rows,
+                *[self.p.lr_end] * (self.p.lr_end > 0),
+            ]
             return self.cache / "saes" / hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
 
         rows = hashlib.sha256(self.train_rows.numpy().tobytes()).hexdigest()
@@ -479,15 +728,43 @@ class Lab:
             for part in self._passes({n: a for n, a in arms.items() if not folder(a).exists()}):
                 saes = {n: self._new_sae(a, layer, seed) for n, a in part.items()}
                 window = min(tu.TrainConfig().dead_window, tokens // 4)
-                cfgs = {n: tu.TrainConfig(tokens=tokens, lr=a.lr, lr_lookup=a.lr_lookup, lr_end=self.p.lr_end, start_l0=a.start_l0,
-                                          aux_k=a.aux_k, aux_window=window // 5, dead_window=window) for n, a in part.items()}
-                stream = tu.ActivationStream(self.lm, self.train_rows, self.hook(layer), self.p.batch_size, self.p.buffer_tokens, seed)
+                cfgs = {
+                    n: tu.TrainConfig(
+                        tokens=tokens,
+                        lr=a.lr,
+                        lr_lookup=a.lr_lookup,
+                        lr_end=self.p.lr_end,
+                        start_l0=a.start_l0,
+                        aux_k=a.aux_k,
+                        aux_window=window // 5,
+                        dead_window=window,
+                    )
+                    for n, a in part.items()
+                }
+                stream = tu.ActivationStream(
+                    self.lm,
+                    self.train_rows,
+                    self.hook(layer),
+                    self.p.batch_size,
+                    self.p.buffer_tokens,
+                    seed,
+                )
                 measured, after_step = self._measure_on_the_way(part, saes, layer, tokens)
                 history = tu.train(saes, stream, cfgs, after_step=after_step)
                 for name, sae in saes.items():
-                    own = [{k: v for k, v in row.items() if k != "system"} for row in history if row["system"] == name]
-                    record = {**own[-1], "dead_window": window, "arm": asdict(part[name]), "history": own, "curve": measured[name],
-                              "pass": {"saes": len(part), "seconds_in_model": stream.seconds}}
+                    own = [
+                        {k: v for k, v in row.items() if k != "system"}
+                        for row in history
+                        if row["system"] == name
+                    ]
+                    record = {
+                        **own[-1],
+                        "dead_window": window,
+                        "arm": asdict(part[name]),
+                        "history": own,
+                        "curve": measured[name],
+                        "pass": {"saes": len(part), "seconds_in_model": stream.seconds},
+                    }
                     tu.save(sae, folder(part[name]), {"record": record})
         loaded = {}
         for name, arm in arms.items():
@@ -501,30 +778,44 @@ class Lab:
         for name, arm in arms.items():
             table = bool(arm.start) * self.lm.n_vocab * self.lm.d_model
             parameters = arm.d_sae * (2 * self.lm.d_model + 1) + table
-            gib = (16 * parameters + 4 * table * (arm.curve > 0)) / 2**30  # fp32 weights, gradients, Adam's two; a curve keeps the start
+            gib = (
+                16 * parameters + 4 * table * (arm.curve > 0)
+            ) / 2**30  # fp32 weights, gradients, Adam's two; a curve keeps the start
             if not groups or gib > free:
                 groups, free = [*groups, {}], self.p.gib
             groups[-1][name], free = arm, free - gib
             most = max(most, self.p.gib - free)
         if groups:
-            print(f"training {len(arms)} SAEs in {len(groups)} pass(es) of the language model, {most:.2f} GiB with Adam and gradients")
+            print(
+                f"training {len(arms)} SAEs in {len(groups)} pass(es) of the language model, {most:.2f} GiB with Adam and gradients"
+            )
         return groups
 
-    def _measure_on_the_way(self, arms: dict[str, Arm], saes: dict[str, tu.TSAE], layer: int, tokens: int):
+    def _measure_on_the_way(
+        self, arms: dict[str, Arm], saes: dict[str, tu.TSAE], layer: int, tokens: int
+    ):
         """(rows by SAE, after_step for `train`): held-out measurements of the arms with `curve` at logarithmically spaced steps."""
         rows, wanted = {n: [] for n in arms}, {n: a.curve for n, a in arms.items() if a.curve}
         if not wanted:
             return rows, None
         steps = max(1, tokens // self.p.batch_size)
         at = {int(s) for s in np.geomspace(1, steps, self.p.curve_points).round()}
-        evaluator = tu.Evaluator(self.lm, self.rows("heldout", max(wanted.values())), self.hook(layer))
-        tables = {n: saes[n].lookup.W.detach().clone() for n in wanted if saes[n].lookup is not None}
+        evaluator = tu.Evaluator(
+            self.lm, self.rows("heldout", max(wanted.values())), self.hook(layer)
+        )
+        tables = {
+            n: saes[n].lookup.W.detach().clone() for n in wanted if saes[n].lookup is not None
+        }
 
         def measure(step: int) -> None:
             for n in wanted:
                 row = {"step": step, "tokens": step * self.p.batch_size, **evaluator(saes[n])}
                 if n in tables:  # mean over the vocabulary
-                    row["table_cosine"] = torch.cosine_similarity(saes[n].lookup.W.detach(), tables[n], dim=-1).mean().item()
+                    row["table_cosine"] = (
+                        torch.cosine_similarity(saes[n].lookup.W.detach(), tables[n], dim=-1)
+                        .mean()
+                        .item()
+                    )
                 rows[n].append(row)
 
         measure(0)  # before the first step: initialisation may already win
@@ -533,10 +824,17 @@ class Lab:
     def committed_saes(self) -> dict[str, tu.TSAE]:
         """The trained pair of the repository; on a model other than the testbed a pair is trained instead."""
         folders = {name: ROOT / "testbed" / "saes" / name for name in ("topk", "topk+lookup")}
-        if all(f.exists() and tu.read_cfg(f)["metadata"]["tokenized"]["model_hash"] == self.lm.fingerprint for f in folders.values()):
+        if all(
+            f.exists()
+            and tu.read_cfg(f)["metadata"]["tokenized"]["model_hash"] == self.lm.fingerprint
+            for f in folders.values()
+        ):
             return {name: tu.load(f, self.lm.device) for name, f in folders.items()}
         print("no trained pair for this model in the repository: training one")
-        arms = {s: Arm(s, self.d_sae, self.p.k, self.lr(s), **t) for s, t in (("topk", {}), ("topk+lookup", LOOKUP))}
+        arms = {
+            s: Arm(s, self.d_sae, self.p.k, self.lr(s), **t)
+            for s, t in (("topk", {}), ("topk+lookup", LOOKUP))
+        }
         return self.train_or_load(arms, self.layer, self.p.seeds[0], self.p.tokens)
 
     # -- what a notebook leaves behind --
@@ -555,10 +853,18 @@ class Lab:
         """Write <id><suffix>.csv and, beside the main one, <id>.json: what was run, on what."""
         self._write(f"{self.id}{suffix}.csv", table.to_csv(index=False, float_format="%.6g"))
         if not suffix:
-            meta = {"id": self.id, "profile": as_recorded(self.p), "model": self.model_name, "model_hash": self.lm.fingerprint,
-                    "weights_sha256": self.weights_sha256, "corpus_hash": self.corpus_hash,
-                    "torch": torch.__version__.split("+")[0], "device": str(self.lm.device),
-                    "machine": f"{platform.machine()}, {os.cpu_count()} cores", "seconds": round(time.time() - self.started)}
+            meta = {
+                "id": self.id,
+                "profile": as_recorded(self.p),
+                "model": self.model_name,
+                "model_hash": self.lm.fingerprint,
+                "weights_sha256": self.weights_sha256,
+                "corpus_hash": self.corpus_hash,
+                "torch": torch.__version__.split("+")[0],
+                "device": str(self.lm.device),
+                "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+                "seconds": round(time.time() - self.started),
+            }
             self._write(f"{self.id}.json", json.dumps(meta, indent=1) + "\n")
         return self.read_csv(suffix)
 
@@ -566,26 +872,36 @@ class Lab:
         """The table as saved: figures are drawn from this."""
         path = self.out / f"{self.id}{suffix}.csv"
         if not path.exists():
-            raise FileNotFoundError(f"{path.name} is not in {path.parent}: run this notebook once before redrawing")
-        return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "None" and "null" are tokens
+            raise FileNotFoundError(
+                f"{path.name} is not in {path.parent}: run this notebook once before redrawing"
+            )
+        return pd.read_csv(
+            path, keep_default_na=False, na_values=[""]
+        )  # "None" and "null" are tokens
 
     def savefig(self, figure: plt.Figure, suffix: str = "") -> None:
         """Write <id><suffix>.png and .pdf."""
         self.out.mkdir(parents=True, exist_ok=True)
         for kind in ("png", "pdf"):
-            figure.savefig(self.out / f"{self.id}{suffix}.{kind}", metadata={"CreationDate": None} if kind == "pdf" else {"Software": None})
+            figure.savefig(
+                self.out / f"{self.id}{suffix}.{kind}",
+                metadata={"CreationDate": None} if kind == "pdf" else {"Software": None},
+            )
 
     def paper(self, figure: str) -> pd.DataFrame:
         """The paper's values for one figure, from notebooks/paper_numbers.csv (provenance in its `source` column)."""
         numbers = pd.read_csv(ROOT / "notebooks" / "paper_numbers.csv")
         return numbers[numbers.figure == figure].apply(
-            lambda c: pd.to_numeric(c) if c.astype(str).str.fullmatch(r"-?[\d.]+").all() else c)
+            lambda c: pd.to_numeric(c) if c.astype(str).str.fullmatch(r"-?[\d.]+").all() else c
+        )
 
     def declare(self, id: str, claim: str, source: str, rule: str, paper: str) -> None:
         """State a claim and its decision rule. Called before the run."""
         self.claims[id] = {"id": id, "claim": claim, "source": source, "rule": rule, "paper": paper}
 
-    def verdict(self, id: str, ours: str, holds: bool | None, n_seeds: int = 1, direction: bool = False) -> str:
+    def verdict(
+        self, id: str, ours: str, holds: bool | None, n_seeds: int = 1, direction: bool = False
+    ) -> str:
         """Judge a declared claim: `holds` by its rule, None where it could not be tested here.
 
         `direction`: the rule fails but the sign is the paper's (told apart at the paper's own settings only).
@@ -595,7 +911,12 @@ class Lab:
         else:
             word = "effect present" if holds else "effect absent"
         word = "not tested" if holds is None else word
-        self.claims[id] |= {"ours": ours, "n_seeds": n_seeds, "model": self.model_name, "verdict": word}
+        self.claims[id] |= {
+            "ours": ours,
+            "n_seeds": n_seeds,
+            "model": self.model_name,
+            "verdict": word,
+        }
         return word
 
     def save_claims(self) -> pd.DataFrame:
@@ -610,6 +931,13 @@ def scorecard(claims: pd.DataFrame) -> str:
     """The claims as the Markdown table that the README shows."""
     lines = ["| claim | source | paper | ours | seeds | verdict |", "|---|---|---|---|---|---|"]
     for row in claims.astype(str).to_dict("records"):
-        cells = [row["claim"], row["source"], row["paper"], row["ours"], row["n_seeds"], f"**{row['verdict']}**"]
+        cells = [
+            row["claim"],
+            row["source"],
+            row["paper"],
+            row["ours"],
+            row["n_seeds"],
+            f"**{row['verdict']}**",
+        ]
         lines.append("| " + " | ".join(c.replace("|", "/") for c in cells) + " |")
     return "\n".join(lines)

@@ -1,0 +1,163 @@
+"""Corpora, token rows and activations of a profile, cached on disk where they are expensive."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from huggingface_hub import try_to_load_from_cache
+from safetensors.torch import load_file, save_file
+
+import tsae_utils as tu
+from testbed import corpus as testbed_corpus
+
+from .profiles import ROOT
+
+if TYPE_CHECKING:
+    from . import Lab
+
+
+def save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
+    """Write a safetensors file whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(f".{os.getpid()}.partial")
+    save_file(tensors, partial)
+    partial.replace(path)
+
+
+def load_language_model(source: str) -> tu.LanguageModel:
+    """The profile's model; says so when a token stands in for a missing BOS."""
+    lm = tu.load_lm(ROOT / "testbed" / "model" if source == "testbed" else source)
+    if lm.bos_note:
+        print(lm.bos_note)
+    return lm
+
+
+def weights_sha256(lm: tu.LanguageModel) -> str:
+    """SHA-256 of the model's weight file, to compare with the hub's; empty for several files."""
+    name, revision = tu.hub_name(lm.name)
+    file = "model.safetensors"
+    is_local = Path(name).is_dir()
+    found = Path(name, file) if is_local else try_to_load_from_cache(name, file, revision=revision)
+    if not isinstance(found, str | Path) or not Path(found).exists():
+        return ""
+    with open(found, "rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def corpus_key(corpus: str) -> str:
+    """Tells one state of a corpus from another.
+
+    Hashes names, sizes and times of local files, or the pinned name of a hub data set.
+    """
+    path = Path(corpus).expanduser()
+    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
+    seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return hashlib.sha256(json.dumps([corpus, seen]).encode()).hexdigest()[:16]
+
+
+def corpus_hash(corpus: str, figure_id: str) -> str:
+    """Hash of the corpus for the record; one printed line where it is not the record's."""
+    if corpus != "testbed":
+        return corpus_key(corpus)
+    manifest = testbed_corpus.load()[1]
+    if manifest["missing"]:
+        print(f"corpus without {', '.join(manifest['missing'])}: not installed here")
+    record = ROOT / "figures" / "record" / f"{figure_id}.json"
+    if record.exists() and json.loads(record.read_text())["corpus_hash"] != manifest["hash"]:
+        print(
+            "note: the documentation installed here differs from the committed record's "
+            "(other versions), so numbers will differ a little"
+        )
+    return manifest["hash"]
+
+
+def split_of(position: int) -> str:
+    """The split of a document of another corpus than the testbed's, by its position."""
+    digest = hashlib.sha256(str(position).encode()).digest()
+    u = int.from_bytes(digest[:4], "big") / 2**32
+    return "sae" if u < 0.8 else "tune" if u < 0.85 else "heldout"
+
+
+def documents(corpus: str, split: str) -> Iterator[str]:
+    """Texts of one split: lm (testbed only), sae, tune or heldout."""
+    if corpus == "testbed":
+        yield from (d.text for d in testbed_corpus.documents(split))
+        return
+    for position, text in enumerate(tu.read_documents(corpus)):
+        if split_of(position) == split:
+            yield text
+
+
+def rows(lab: Lab, split: str, tokens: float, corpus: str) -> torch.Tensor:
+    """Token rows [R, L] of a split, about `tokens` of them, evenly spaced over what is read.
+
+    Documents may come in the order of their packages, so the beginning is no sample. At most
+    eight times as much is read of a local corpus, and no more than is wanted of a hub corpus.
+    Rows of another corpus than the testbed's are cached.
+    """
+    if corpus == "testbed":
+        return read_rows(lab, split, tokens, corpus, np.inf)
+    vocabulary = json.dumps(sorted(lab.lm.tokenizer.get_vocab().items()))
+    vocabulary = hashlib.sha256(vocabulary.encode()).hexdigest()
+    key = [corpus_key(corpus), split, int(tokens), lab.context_size, vocabulary]
+    key += [lab.lm.bos_id, lab.lm.separator_id]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
+    path = lab.cache / f"rows-{name}.safetensors"
+    if not path.exists():
+        limit = tokens * (8 if Path(corpus).expanduser().exists() else 1)
+        save_atomically({"rows": read_rows(lab, split, tokens, corpus, limit)}, path)
+    return load_file(path)["rows"]
+
+
+def read_rows(lab: Lab, split: str, tokens: float, corpus: str, limit: float) -> torch.Tensor:
+    """Token rows of at most `limit` tokens, thinned evenly to about `tokens`."""
+    try:
+        every = tu.token_rows(
+            lab.documents(split, corpus),
+            lab.lm,
+            lab.context_size,
+            max(limit, 2 * lab.context_size),
+            progress=corpus != "testbed" and tokens > 10**6,
+        )
+    except ValueError as error:
+        raise ValueError(f"split {split!r} of {corpus}: {error}") from error
+    wanted = max(2, int(tokens) // (lab.context_size - 1))
+    if wanted >= len(every):
+        return every
+    return every[torch.linspace(0, len(every) - 1, wanted).long()]
+
+
+def unigrams(lab: Lab, layer: int) -> torch.Tensor:
+    """A([BOS, t])_1 of every token [V, D], cached."""
+    precision = "" if lab.lm.bf16 else "-fp32"
+    path = lab.cache / f"unigrams-{lab.lm.fingerprint}-{layer}{precision}.safetensors"
+    if not path.exists():
+        table = tu.unigram_activations(lab.lm, lab.hook(layer), progress=True)
+        save_atomically({"unigrams": table}, path)
+    return load_file(path)["unigrams"].to(lab.lm.device)
+
+
+def token_means(lab: Lab, layer: int) -> torch.Tensor:
+    """Mean activation of every token over a million training tokens [V, D].
+
+    Tokens that do not occur get the mean of all.
+    """
+    wanted = min(len(lab.train_rows), max(2, 10**6 // lab.context_size))
+    spaced = torch.linspace(0, len(lab.train_rows) - 1, wanted).long()
+    total = torch.zeros(lab.lm.n_vocab, lab.lm.d_model)
+    count = torch.zeros(lab.lm.n_vocab)
+    for ids in lab.train_rows[spaced].long().split(32):
+        keep = tu.keep_mask(ids, lab.lm)
+        x = lab.lm.activations(ids, [layer])[layer][keep.to(lab.lm.device)].cpu()
+        total.index_add_(0, ids[keep], x)
+        count += torch.bincount(ids[keep], minlength=lab.lm.n_vocab)
+    mean = total.sum(0) / count.sum()
+    means = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], mean)
+    return means.to(lab.lm.device)

@@ -1,0 +1,96 @@
+"""Everything a notebook leaves behind: CSVs, records of runs, figures, pages."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import textwrap
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import matplotlib.pyplot as plt
+import pandas as pd
+import torch
+
+from .profiles import ROOT
+
+if TYPE_CHECKING:
+    from . import Lab
+
+
+def write(folder: Path, name: str, text: str) -> Path:
+    """Write a file whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f".{name}.{os.getpid()}.partial"
+    partial.write_text(text, encoding="utf-8")
+    return partial.replace(folder / name)
+
+
+def run(lab: Lab, measure: Callable, suffixes: tuple[str, ...]):
+    """Tables of `measure()` by way of their CSVs; a redraw only reads the CSVs."""
+    if not lab.replay:
+        tables = measure()
+        tables = (tables,) if isinstance(tables, pd.DataFrame) else tables
+        for table, suffix in zip(tables, suffixes, strict=True):
+            save_csv(lab, table, suffix)
+    saved = tuple(read_csv(lab, suffix) for suffix in suffixes)
+    return saved[0] if len(saved) == 1 else saved
+
+
+def save_csv(lab: Lab, table: pd.DataFrame, suffix: str) -> None:
+    """Write <id><suffix>.csv and, beside the main table, <id>.json: what was run on what."""
+    text = table.to_csv(index=False, float_format="%.6g")
+    write(lab.out, f"{lab.id}{suffix}.csv", text)
+    if suffix:
+        return
+    record = {
+        "id": lab.id,
+        "profile": lab.p.flat(),
+        "model": lab.model_name,
+        "model_hash": lab.lm.fingerprint,
+        "weights_sha256": lab.weights_sha256,
+        "corpus_hash": lab.corpus_hash,
+        "torch": torch.__version__.split("+")[0],
+        "device": str(lab.lm.device),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+        "seconds": round(time.time() - lab.started),
+    }
+    write(lab.out, f"{lab.id}.json", json.dumps(record, indent=1) + "\n")
+
+
+def read_csv(lab: Lab, suffix: str) -> pd.DataFrame:
+    """A saved table. Raises FileNotFoundError where the notebook has not run."""
+    path = lab.out / f"{lab.id}{suffix}.csv"
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path.name} is not in {path.parent}: run this notebook once before redrawing"
+        )
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "None" is a token
+
+
+def savefig(lab: Lab, figure: plt.Figure, title: str, suffix: str) -> None:
+    """Give the figure its title, a true sentence, and write <id><suffix>.png and .pdf.
+
+    The PNG carries the title as its description, from which alt texts are made.
+    """
+    wide = round(11.5 * figure.get_figwidth())
+    figure.suptitle(textwrap.fill(title, wide), ha="left", x=0.01, weight="bold", size=11)
+    lab.out.mkdir(parents=True, exist_ok=True)
+    path = lab.out / f"{lab.id}{suffix}"
+    figure.savefig(f"{path}.png", metadata={"Software": None, "Description": title})
+    figure.savefig(f"{path}.pdf", metadata={"CreationDate": None, "Title": title})
+
+
+def paper_numbers(figure: str) -> pd.DataFrame:
+    """The paper's values for one figure; provenance in the column `source`."""
+    numbers = pd.read_csv(ROOT / "notebooks" / "paper_numbers.csv")
+    numbers = numbers[numbers.figure == figure]
+
+    def as_numbers(column: pd.Series) -> pd.Series:
+        is_number = column.astype(str).str.fullmatch(r"-?[\d.]+").all()
+        return pd.to_numeric(column) if is_number else column
+
+    return numbers.apply(as_numbers)

@@ -1,0 +1,1 @@
+"""The engine below tsae_utils, which it never imports."""

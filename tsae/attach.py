@@ -1,0 +1,2 @@
+from interop import *  # temporary
+from interop import ablate, attach, steer

@@ -1,0 +1,1 @@
+from interop import model_card  # temporary
