@@ -150,7 +150,7 @@ def common_grams(lab: Lab, n: int, limit: int) -> tuple[Tensor, np.ndarray]:
 
     Counted on at most the profile's `ngram_tokens`, evenly spaced.
     """
-    ids, wanted = lab.train_rows, max(1, lab.p.ngram_tokens // lab.train_rows.shape[1])
+    ids, wanted = lab.train_rows, max(1, lab.p.budget.ngram_tokens // lab.train_rows.shape[1])
     ids = (
         ids if wanted >= len(ids) else ids[torch.linspace(0, len(ids) - 1, wanted).long()]
     ).long()

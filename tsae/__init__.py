@@ -1,1 +1,1 @@
-"""The engine below tsae_utils, which it never imports."""
+"""The engine below tsae_utils: text, activations, kernels, files. It never imports tsae_utils."""

@@ -25,7 +25,6 @@ import torch
 from IPython.display import Markdown, display
 from transformers.utils import logging as transformers_logging
 
-import interop  # noqa: F401 temporary
 import tsae_utils as tu
 from testbed import corpus as testbed_corpus
 

@@ -1,0 +1,131 @@
+"""Errors of a reconstruction, and held-out text on which they are measured.
+
+Axes: R rows, L sequence, B positions that count, D d_in.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tsae.language_model import LanguageModel, parse_hook
+from tsae.stream import require_finite
+from tsae.text import keep_mask
+
+
+class ReconstructionError(NamedTuple):
+    """Errors without unit; 0 is perfect."""
+
+    nmse: float  # mean over tokens of ||x - x_hat||^2 / ||x||^2, uncentred (the authors' code)
+    nmse_unsquared: float  # mean over tokens of ||x - x_hat|| / ||x|| (the manuscript, eq. 4)
+    fvu: float  # sum ||x - x_hat||^2 / sum ||x - mean(x)||^2
+
+
+def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
+    """||x - x_hat||^2, mean over the batch (the authors' loss)."""
+    return F.mse_loss(x_hat_BD, x_BD, reduction="sum") / len(x_BD)
+
+
+def reconstruction_error(x_BD: Tensor, x_hat_BD: Tensor) -> ReconstructionError:
+    """The three errors of a reconstruction."""
+    error = (x_BD - x_hat_BD).square().sum(-1)
+    ratio = error / x_BD.square().sum(-1)
+    variance = (x_BD - x_BD.mean(0)).square().sum()
+    fvu = error.sum() / variance
+    return ReconstructionError(ratio.mean().item(), ratio.sqrt().mean().item(), fvu.item())
+
+
+class HeldoutText:
+    """Token rows with their activations at one layer, and the cross-entropy when these change.
+
+    ce_clean, ce_zero: cross-entropy in nats as it is, and with zeros at positions that count.
+    Raises ValueError for an unknown hook and for activations that are not finite.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rows_RL: Tensor,
+        hook_name: str,
+        include_bos: bool = False,
+        batch_rows: int = 16,
+    ) -> None:
+        self.lm, self.rows = lm, rows_RL.long()
+        self.layer = parse_hook(hook_name, lm.n_layers)
+        self.keep = keep_mask(self.rows, lm, include_bos)
+        is_text = (self.rows != lm.separator_id) & (self.rows != lm.bos_id)
+        # Predictions that count: made at a position that counts, of a token that is text.
+        self.predicted = self.keep[:, :-1] & (is_text[:, 1:] if not include_bos else True)
+        self.batches = list(torch.arange(len(self.rows)).split(batch_rows))
+        x = [
+            lm.activations(self.rows[batch], [self.layer], bf16=False)[self.layer]
+            for batch in self.batches
+        ]
+        self.x = require_finite(torch.cat(x), hook_name)  # [R, L, D]
+        self.ce_clean = self.cross_entropy()
+        self.ce_zero = self.patched_cross_entropy(torch.zeros(()))
+
+    @property
+    def keep_here(self) -> Tensor:
+        """The mask of positions that count [R, L], on the activations' device."""
+        return self.keep.to(self.x.device)
+
+    @property
+    def x_BD(self) -> Tensor:
+        """The activations that count."""
+        return self.x[self.keep_here]
+
+    @property
+    def tokens_BN(self) -> Tensor:
+        """The tokens they sit on [B, 1]."""
+        return self.rows[self.keep].unsqueeze(-1).to(self.x.device)
+
+    def cross_entropy(self, x_RLD: Tensor | None = None) -> float:
+        """Nats per predicted token, with these activations in place of the model's."""
+        losses = [
+            self.lm.losses(self.rows[b], self.layer, None if x_RLD is None else x_RLD[b])
+            for b in self.batches
+        ]
+        return torch.cat(losses)[self.predicted.to(self.x.device)].mean().item()
+
+    def patched_cross_entropy(self, x_hat_BD: Tensor) -> float:
+        """The cross-entropy with a reconstruction at the positions that count."""
+        x = self.x.clone()
+        x[self.keep_here] = x_hat_BD
+        return self.cross_entropy(x)
+
+
+def check_fit(sae: Any, lm: LanguageModel, rows_RL: Tensor, max_fvu: float = 0.5) -> Any:
+    """The SAE itself, on the model's device.
+
+    Raises ValueError where it does not fit the model: another width or vocabulary, or an FVU above
+    `max_fvu` on the rows. A published SAE on another model, layer or form of the stream (RES-JB
+    wants the centred one) gives no error of its own, only garbage.
+    """
+    layer = parse_hook(sae.cfg.hook_name, lm.n_layers)
+    if sae.cfg.d_in != lm.d_model:
+        raise ValueError(
+            f"the SAE's d_in is {sae.cfg.d_in}, the model's width {lm.d_model}: "
+            "it belongs to another model"
+        )
+    if sae.lookup is not None:
+        sae.lookup.check_vocabulary(lm.n_vocab)
+    sae = sae.to(lm.device)
+    x, x_hat = [], []
+    for ids in rows_RL.long().split(8):
+        keep = keep_mask(ids, lm)
+        part = lm.activations(ids, [layer], bf16=False)[layer][keep.to(lm.device)]
+        tokens = ids[keep].unsqueeze(-1).to(lm.device)
+        with torch.no_grad():
+            x_hat.append(sae(part, tokens).x_hat)
+        x.append(part)
+    fvu = reconstruction_error(torch.cat(x), torch.cat(x_hat)).fvu
+    if not fvu <= max_fvu:
+        raise ValueError(
+            f"FVU {fvu:.2f} at {sae.cfg.hook_name} of {lm.name} is above {max_fvu}: the SAE was "
+            "trained on another model, layer or form of the residual stream"
+        )
+    return sae

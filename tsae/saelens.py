@@ -1,0 +1,279 @@
+"""SAELens's layout of saved SAEs, read and written; the table has a file of its own beside it.
+
+What is read may come from SAELens before version 6 (as RES-JB). Its variants are folded into one
+form: b_dec is subtracted from the input, and activations are not scaled by decoder norms.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+CONFIG, WEIGHTS, LOOKUP = FILES = (
+    "cfg.json",
+    "sae_weights.safetensors",
+    "token_lookup.safetensors",
+)
+ARCHITECTURES = {  # our activation: SAELens's architecture
+    "topk": "topk",
+    "relu": "standard",
+    "gated": "gated",
+    "batchtopk": "jumprelu",
+    "jumprelu": "jumprelu",
+}
+ACTIVATIONS = {theirs: ours for ours, theirs in ARCHITECTURES.items()}
+LAYOUT_VERSION = "6.54.12"  # files without a version are read as older than 6
+EXPECTED = "expected a folder written by tsae_utils.save or in SAELens layout"
+
+
+def weight_names(architecture: str) -> tuple[str, ...]:
+    """Tensors in the weight file of a SAELens architecture."""
+    extra = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
+    return "W_enc", "W_dec", "b_dec", *extra.get(architecture, ("b_enc",))
+
+
+# -- writing --
+
+
+def refuse_other_files(folder: str | Path) -> Path:
+    """The folder itself. Raises FileExistsError where it holds anything but a saved SAE."""
+    folder = Path(folder)
+    if not folder.exists():
+        return folder
+    if not folder.is_dir() or {f.name for f in folder.iterdir()} - set(FILES):
+        raise FileExistsError(
+            f"{folder} exists and holds other files: choose a folder of its own for the SAE"
+        )
+    return folder
+
+
+def config_to_write(config: Mapping, has_lookup: bool, metadata: Mapping, dtype: str) -> dict:
+    """cfg.json of an SAE whose TSAEConfig has these fields."""
+    layout = {
+        "architecture": ARCHITECTURES[config["activation"]],
+        "d_in": config["d_in"],
+        "d_sae": config["d_sae"],
+        "dtype": dtype,
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "none",
+    }
+    if config["activation"] == "topk":
+        layout |= {"k": config["k"], "rescale_acts_by_decoder_norm": False}
+    layout["metadata"] = {
+        "model_name": config["model_name"],
+        "hook_name": config["hook_name"],
+        "context_size": config["context_size"],
+        "prepend_bos": True,
+        "sae_lens_version": LAYOUT_VERSION,
+        "tokenized": {"lookup": has_lookup, "config": dict(config), **metadata},
+    }
+    return layout
+
+
+def save(
+    sae: Any,
+    folder: str | Path,
+    metadata: Mapping | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:
+    """Write a TSAE into `folder` in SAELens's layout, the table in a file of its own.
+
+    The folder appears whole; a saved SAE of the same name is replaced. `metadata` must be JSON.
+    Raises FileExistsError where the folder holds anything else.
+    """
+    folder = refuse_other_files(folder)
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    has_lookup, type_name = sae.lookup is not None, str(dtype).removeprefix("torch.")
+    layout = config_to_write(asdict(sae.cfg), has_lookup, metadata or {}, type_name)
+    (partial / CONFIG).write_text(json.dumps(layout, indent=1))
+
+    def stored(tensor: Tensor) -> Tensor:
+        return tensor.detach().to("cpu", dtype).contiguous()
+
+    names = weight_names(layout["architecture"])
+    save_file({name: stored(getattr(sae, name)) for name in names}, partial / WEIGHTS)
+    if has_lookup:
+        save_file({"W_lookup": stored(sae.lookup.W)}, partial / LOOKUP)
+    replaced = partial.with_suffix(".old")
+    if folder.exists():
+        folder.rename(replaced)
+    partial.replace(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
+    return folder
+
+
+# -- reading --
+
+
+def read_cfg(folder: str | Path) -> dict:
+    """cfg.json in SAELens 6's keys. Raises FileNotFoundError or ValueError with what is wrong."""
+    path = Path(folder) / CONFIG
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {EXPECTED}")
+    try:
+        layout = json.loads(path.read_text())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON ({error})") from error
+    if not isinstance(layout, dict) or not isinstance(layout.get("metadata", {}), dict):
+        raise ValueError(f"{path} is not the cfg.json of an SAE: expected the SAELens layout")
+    layout = modern_keys(layout)
+    required = ["architecture", "d_in", "d_sae"]
+    if layout.get("architecture") == "topk":
+        required.append("k")
+    if missing := [key for key in required if key not in layout]:
+        raise ValueError(f"{path} lacks {', '.join(missing)}: expected the SAELens layout")
+    for key in ("d_in", "d_sae", "k"):
+        if key in layout and type(layout[key]) is not int:
+            raise ValueError(f"{path}: {key} = {layout[key]!r} should be a whole number")
+    return layout
+
+
+def modern_keys(layout: dict) -> dict:
+    """A flat cfg.json of SAELens before version 6 in the present keys; others as they are."""
+    if "metadata" in layout or not {"hook_point", "hook_name"} & set(layout):
+        return layout
+    activation = layout.get("activation_fn_str") or layout.get("activation_fn") or "relu"
+    if activation not in ("relu", "topk"):
+        raise ValueError(
+            f"activation {activation!r} of an old SAELens file is not supported: "
+            "expected relu or topk"
+        )
+    renamed = {"hook_point": "hook_name"}
+    kept = ("model_name", "hook_point", "hook_name", "context_size")
+    metadata = {renamed.get(key, key): layout[key] for key in kept if key in layout}
+    modern = {"architecture": "standard", "apply_b_dec_to_input": True, **layout}
+    modern["metadata"] = metadata
+    if activation == "topk":
+        arguments = layout.get("activation_fn_kwargs")
+        k = arguments.get("k") if isinstance(arguments, dict) else None
+        modern |= {"architecture": "topk", "k": k}
+    if isinstance(modern.get("normalize_activations"), bool):
+        was_normalized = modern["normalize_activations"]
+        modern["normalize_activations"] = "expected_average_only_in" if was_normalized else "none"
+    return modern
+
+
+def read_tensors(path: Path, shapes: Mapping[str, tuple]) -> dict[str, Tensor]:
+    """Tensors of a file in fp32, with these names and shapes (None: any size).
+
+    Raises FileNotFoundError or ValueError with what is wrong.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"{path} is missing: {EXPECTED}")
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} is damaged or not a safetensors file ({error}): fetch or train it again"
+        ) from error
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"{path}: {name} should be {list(shape)}, found nothing")
+        tensor = tensors[name]
+        fits = len(shape) == tensor.ndim and all(
+            wanted in (None, size) for wanted, size in zip(shape, tensor.shape, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"{path}: {name} should be {list(shape)}, found {list(tensor.shape)}")
+        if not tensor.is_floating_point() or not torch.isfinite(tensor.float()).all():
+            raise ValueError(
+                f"{path}: {name} should hold finite numbers, but is {tensor.dtype} with NaN, "
+                "infinity or no fraction: fetch or train it again"
+            )
+    return {name: tensors[name].float() for name in shapes}
+
+
+def fold_(layout: Mapping, weights: dict[str, Tensor]) -> None:
+    """Bring weights to our form in place.
+
+    Raises ValueError for a setting that cannot be folded into the weights.
+    """
+    for key in ("normalize_activations", "reshape_activations", "finetuning_scaling_factor"):
+        if layout.get(key) not in ("none", None, False):
+            raise ValueError(
+                f"{key} = {layout[key]!r} is not supported: "
+                "fold it into the weights with sae_lens first"
+            )
+    if not layout.get("apply_b_dec_to_input", True):
+        # W x + b = W (x - b_dec) + (b + W b_dec)
+        shift = weights["b_dec"] @ weights["W_enc"]
+        for name in ("b_enc", "b_gate"):
+            if name in weights:
+                weights[name] += shift
+        if "b_mag" in weights:
+            weights["b_mag"] += weights["r_mag"].exp() * shift
+    if layout.get("rescale_acts_by_decoder_norm"):
+        # the k largest of activations times norms, decoded by unit rows
+        norm = weights["W_dec"].norm(dim=-1)
+        weights["W_enc"] = weights["W_enc"] * norm
+        weights["b_enc"] = weights["b_enc"] * norm
+        weights["W_dec"] = weights["W_dec"] / norm[:, None]
+
+
+def our_config(path: Path, layout: Mapping) -> dict:
+    """Fields of a TSAEConfig from cfg.json; fields of the wrong type keep their defaults."""
+    metadata = layout.get("metadata", {})
+    tokenized = metadata.get("tokenized")
+    saved = tokenized.get("config") if isinstance(tokenized, dict) else None
+    saved = saved if isinstance(saved, dict) else {}
+    types = {
+        "model_name": (str,),
+        "hook_name": (str,),
+        "context_size": (int,),
+        "l1_coefficient": (int, float),
+        "encoder_scale": (int, float),
+        "decoder_init_norm": (int, float),
+        "seed": (int,),
+    }
+    known = {
+        key: value
+        for key, value in {**metadata, **saved}.items()
+        if type(value) in types.get(key, ())
+    }
+    activation, k = ACTIVATIONS[layout["architecture"]], layout.get("k", 0)
+    if activation == "jumprelu" and saved.get("activation") == "batchtopk":
+        activation, k = "batchtopk", saved.get("k")
+        if type(k) is not int:
+            raise ValueError(f"{path}: k = {k!r} of a batchtopk SAE should be a whole number")
+    sizes = {"d_in": layout["d_in"], "d_sae": layout["d_sae"]}
+    return {**sizes, "activation": activation, "k": k, **known}
+
+
+def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tensor | None]:
+    """(Fields of a TSAEConfig, weights by name, lookup table or None) of a saved SAE.
+
+    Raises FileNotFoundError or ValueError with what is wrong.
+    """
+    folder, layout = Path(folder), read_cfg(folder)
+    if layout["architecture"] not in list(ACTIVATIONS):  # a list: it may be unhashable
+        raise ValueError(
+            f"{folder}/{CONFIG}: architecture {layout['architecture']!r} is not one of "
+            f"{', '.join(ACTIVATIONS)}"
+        )
+    config = our_config(folder / CONFIG, layout)
+    d_in, d_sae = config["d_in"], config["d_sae"]
+    sizes = {"W_enc": (d_in, d_sae), "W_dec": (d_sae, d_in), "b_dec": (d_in,)}
+    names = weight_names(layout["architecture"])
+    shapes = {name: sizes.get(name, (d_sae,)) for name in names}
+    weights = read_tensors(folder / WEIGHTS, shapes)
+    fold_(layout, weights)
+    tokenized = layout.get("metadata", {}).get("tokenized")
+    tokenized = tokenized if isinstance(tokenized, dict) else {}
+    lookup = None
+    if tokenized.get("lookup", (folder / LOOKUP).exists()):
+        lookup = read_tensors(folder / LOOKUP, {"W_lookup": (None, d_in)})["W_lookup"]
+    return config, weights, lookup

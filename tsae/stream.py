@@ -1,0 +1,139 @@
+"""Shuffled activations of a language model.
+
+Axes: R rows, L sequence, B batch (tokens), D d_model, V vocabulary, N n-gram order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Iterator
+from functools import cached_property
+from itertools import islice
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from tsae.language_model import LanguageModel, parse_hook
+from tsae.text import keep_mask, last_tokens
+
+ENDLESS = 2**31
+
+
+class ActivationStream:
+    """Endless shuffled batches (x_BD fp32, tokens_BN int64) of one hook point; the seed fixes them.
+
+    Rows are visited in a new random order each epoch. A preallocated buffer is filled, shuffled and
+    drained; activations that do not fill a batch are dropped. A place in the stream is therefore
+    two numbers, `position`: buffers drained, and batches taken from the next. `batches(position)`
+    resumes there by harvesting that buffer again.
+
+    tokens_BN holds the last N tokens up to the one the activation sits on (N = 1 in the paper).
+    Raises ValueError for a batch larger than the buffer and for an unknown hook.
+    """
+
+    def __init__(
+        self,
+        lm: LanguageModel,
+        rows_RL: Tensor,
+        hook_name: str,
+        batch_size: int = 4096,
+        buffer_tokens: int = 2**17,
+        seed: int = 0,
+        order: int = 1,
+        include_bos: bool = False,
+        harvest_rows: int = 32,
+    ) -> None:
+        if batch_size > buffer_tokens:
+            raise ValueError(
+                f"batch_size = {batch_size} must not exceed buffer_tokens = {buffer_tokens}"
+            )
+        self.lm, self.rows, self.hook_name = lm, rows_RL, hook_name
+        self.layer = parse_hook(hook_name, lm.n_layers)
+        self.batch_size, self.seed = batch_size, seed
+        self.order, self.include_bos = order, include_bos
+        self.harvest_rows = harvest_rows  # rows per pass of the language model
+        self.rows_per_buffer = max(1, buffer_tokens // rows_RL.shape[1])
+        size = self.rows_per_buffer * rows_RL.shape[1]
+        self.x = torch.empty(size, lm.d_model, device=lm.device)
+        self.tokens = torch.empty(size, order, dtype=torch.int64, device=lm.device)
+        self.seconds = 0.0  # spent in the language model
+        self.position = (0, 0)  # of the batch that comes next
+
+    @cached_property
+    def digest(self) -> int:
+        """A number that tells these rows from others."""
+        raw = memoryview(self.rows.cpu().contiguous().numpy()).cast("B")
+        return int.from_bytes(hashlib.sha256(raw).digest()[:7])
+
+    def _row_order(self, start: int) -> Iterator[int]:
+        """Row numbers in the order of visits, from the `start`-th visit on."""
+        n = len(self.rows)
+        for epoch in range(start // n, ENDLESS):
+            generator = torch.Generator().manual_seed(1_000_003 * self.seed + epoch)
+            order = torch.randperm(n, generator=generator).tolist()
+            yield from order[max(0, start - epoch * n) :]
+
+    def _fill(self, row_numbers: list[int]) -> int:
+        """Harvest these rows into the buffer; returns how many activations it holds."""
+        n = 0
+        for i in range(0, len(row_numbers), self.harvest_rows):
+            ids = self.rows[row_numbers[i : i + self.harvest_rows]].long()
+            keep = keep_mask(ids, self.lm, self.include_bos)
+            x = self.lm.activations(ids, [self.layer])[self.layer][keep.to(self.lm.device)]
+            tokens = last_tokens(ids, self.order, self.lm.bos_id)[keep]
+            self.x[n : n + len(x)] = x
+            self.tokens[n : n + len(x)] = tokens.to(self.lm.device)
+            n += len(x)
+        require_finite(self.x[:n], self.hook_name)
+        return n
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
+        return self.batches()
+
+    def batches(self, position: tuple[int, int] = (0, 0)) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches from a place in the stream on.
+
+        Raises ValueError where a buffer does not fill one batch.
+        """
+        first_buffer, first_batch = position
+        row_order = self._row_order(first_buffer * self.rows_per_buffer)
+        for buffer in range(first_buffer, ENDLESS):
+            started = time.perf_counter()
+            n = self._fill(list(islice(row_order, self.rows_per_buffer)))
+            self.seconds += time.perf_counter() - started
+            if n < self.batch_size:
+                raise ValueError(
+                    f"a buffer of {n} activations does not fill one batch of {self.batch_size}: "
+                    "raise buffer_tokens"
+                )
+            generator = torch.Generator().manual_seed(2_000_003 * self.seed + buffer)
+            shuffled = torch.randperm(n, generator=generator).to(self.lm.device)
+            begin = first_batch if buffer == first_buffer else 0
+            for i in range(begin, n // self.batch_size):
+                batch = shuffled[i * self.batch_size : (i + 1) * self.batch_size]
+                self.position = (buffer, i + 1)
+                yield self.x[batch], self.tokens[batch]
+
+
+def require_finite(x: Tensor, hook_name: str) -> Tensor:
+    """x itself. Raises ValueError where it contains NaN or infinity."""
+    if not torch.isfinite(x).all():
+        raise ValueError(
+            f"activations at {hook_name} contain NaN or infinity: check the model, "
+            "or load it with bf16=False"
+        )
+    return x
+
+
+def unigram_activations(
+    lm: LanguageModel, hook_name: str, batch: int = 2048, progress: bool = False
+) -> Tensor:
+    """A([BOS, t])_1 for every vocabulary item t [V, D], where the paper's table starts."""
+    layer, parts = parse_hook(hook_name, lm.n_layers), []
+    batches = torch.arange(lm.n_vocab).split(batch)
+    for tokens in tqdm(batches, desc="unigram activations", disable=not progress):
+        prompts = torch.stack([torch.full_like(tokens, lm.bos_id), tokens], dim=1)
+        parts.append(lm.activations(prompts, [layer])[layer][:, 1].cpu())
+    return require_finite(torch.cat(parts), hook_name)
