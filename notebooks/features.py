@@ -1,6 +1,7 @@
-"""What features respond to: their activations on text and on n-grams, locality, categories.
+"""What features respond to: their activations on text and on n-grams, locality, dashboards.
 
-Used by the notebooks on features (04, 07, 08, 09, 11). Axes as in tsae_utils; P positions that count, G groups.
+Used by notebooks 02, 03, 04, 07, 08, 09, 11 and 17. Axes: P positions that count, R rows, L length,
+D d_in, F features, V vocabulary, G n-grams.
 """
 
 from __future__ import annotations
@@ -14,53 +15,67 @@ from lab import Lab, tu
 from torch import Tensor
 from tqdm.auto import tqdm
 
-SHRINKAGE = 4.0  # an n-gram's mean counts as much as its occurrences, the lower order's as much as this many
+SHRINKAGE = 4.0  # occurrences of an n-gram that weigh as much as the prediction of the lower order
+HISTOGRAM_BINS = 24
+
+# ---------------------------------------------------------------------------------------------
+# Text
+# ---------------------------------------------------------------------------------------------
 
 
 @dataclass
 class Text:
-    """Held-out text at one layer: activations [P, D], the positions they sit on, and their documents."""
+    """Held-out text at one layer: activations, with their positions and documents."""
 
     ids: Tensor  # [R, L]
-    keep: Tensor  # [R, L], the positions that count
+    keep: Tensor  # [R, L], True at positions that count
     x: Tensor  # [P, D]
     document: Tensor  # [P]
 
     @property
     def tokens(self) -> Tensor:
-        """[P, 1], as an SAE takes them."""
+        """The current token of each position [P, 1], as an SAE takes it."""
         return self.ids[self.keep].unsqueeze(-1)
 
     def last(self, n: int) -> Tensor:
-        """Group number [P] of the last n tokens at each position; a BOS or separator may be among them."""
-        return torch.unique(
-            tu.last_tokens(self.ids, n, int(self.ids[0, 0]))[self.keep], dim=0, return_inverse=True
-        )[1]
+        """A number [P] for the last n tokens of each position, equal where the tokens are equal.
+
+        A BOS or a separator may be among the tokens.
+        """
+        bos_id = int(self.ids[0, 0])
+        grams = tu.last_tokens(self.ids, n, bos_id)[self.keep]
+        return torch.unique(grams, dim=0, return_inverse=True)[1]
 
 
 def read_text(lab: Lab, layer: int, tokens: int, split: str = "heldout") -> Text:
-    """At most the first `study_context` positions of each row, so that every SAE knows them."""
+    """About `tokens` tokens of a split, with the residual stream entering `layer`.
+
+    Only the first `study_context` positions of each row are read: every SAE was trained on them.
+    """
     ids = lab.rows(split, tokens)[:, : lab.study_context].long()
     keep = tu.keep_mask(ids, lab.lm)
-    x = torch.cat(
-        [
-            lab.lm.activations(part, [layer])[layer][k.to(lab.lm.device)]
-            for part, k in zip(ids.split(32), keep.split(32), strict=True)
-        ]
-    )
+    parts = []
+    for part_ids, part_keep in zip(ids.split(32), keep.split(32), strict=True):
+        stream = lab.lm.activations(part_ids, [layer])[layer]
+        parts.append(stream[part_keep.to(lab.lm.device)])
     document = (ids == lab.lm.separator_id).flatten().cumsum(0).view_as(ids)
-    return Text(ids, keep, x, document[keep])
+    return Text(ids, keep, torch.cat(parts), document[keep])
+
+
+# ---------------------------------------------------------------------------------------------
+# Activations and locality
+# ---------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def activations(sae: tu.TSAE, x: Tensor, features: Tensor | slice = slice(None)) -> Tensor:
-    """Activations of some features [P, len(features)], fp32, on the CPU."""
+    """Activations of the chosen features on x [P, D]: [P, len(features)], fp32, on the CPU."""
     return torch.cat([sae.encode(part)[:, features].cpu() for part in x.split(4096)])
 
 
 @torch.no_grad()
 def firing(sae: tu.TSAE, x: Tensor) -> Tensor:
-    """How many of the activations each feature fires on [F]."""
+    """Number of positions of x [P, D] on which each feature fires [F]."""
     return sum((sae.encode(part) > 0).sum(0) for part in x.split(4096)).cpu()
 
 
@@ -71,119 +86,139 @@ def locality(
     folds: int = 5,
     shrinkage: float = SHRINKAGE,
 ) -> tuple[Tensor, Tensor]:
-    """Share of each feature's activation variance that the last n tokens predict, n = 1..len(groups) [n, F], and coverage [n, F].
+    """(Locality [N, F], coverage [N, F]) for the last n = 1..N tokens, N = len(groups).
 
-    The prediction for a position is the mean activation over the other folds' positions with the same last n tokens,
-    shrunk towards the prediction of order n - 1 by `shrinkage` occurrences (order 0: the mean): a rare n-gram
-    predicts little by itself and cannot inflate the share. Folds are documents. Coverage is the share of the squared
-    activation that sits on n-grams seen in the other folds. Not in the paper: our measure beside its human scores.
+    Locality is the share of a feature's activation variance that the last n tokens predict. The
+    prediction is the mean activation over positions of the other folds with the same n tokens,
+    shrunk towards the prediction of order n - 1 by `shrinkage` occurrences (order 0: the mean).
+    A rare n-gram therefore predicts little by itself and cannot inflate the share. Folds are made
+    of whole documents. Coverage is the share of squared activation on n-grams that occur in the
+    other folds. This measure is ours; the paper has human scores instead.
     """
-    acts = acts_PF.float()
-    of_fold = document.unique(return_inverse=True)[1] % folds
-    error = torch.zeros(len(groups) + 1, acts.shape[1])
-    seen = torch.zeros(len(groups), acts.shape[1])
+    acts_PF = acts_PF.float()
+    fold_of = document.unique(return_inverse=True)[1] % folds
+    n_features = acts_PF.shape[1]
+    error = torch.zeros(len(groups) + 1, n_features)
+    seen = torch.zeros(len(groups), n_features)
     for fold in range(folds):
-        test = of_fold == fold
-        a = acts[test]
-        prediction = acts[~test].mean(0).expand_as(a)
-        error[0] += (a - prediction).square().sum(0)
+        test = fold_of == fold
+        test_acts, other_acts = acts_PF[test], acts_PF[~test]
+        prediction = other_acts.mean(0).expand_as(test_acts)
+        error[0] += (test_acts - prediction).square().sum(0)
         for n, group in enumerate(groups, 1):
+            test_group, other_group = group[test], group[~test]
             size = int(group.max()) + 1
-            total = torch.zeros(size, acts.shape[1]).index_add_(0, group[~test], acts[~test])
-            count = torch.bincount(group[~test], minlength=size)[group[test]].unsqueeze(-1)
-            prediction = (total[group[test]] + shrinkage * prediction) / (count + shrinkage)
-            error[n] += (a - prediction).square().sum(0)
-            seen[n - 1] += (a.square() * (count > 0)).sum(0)
-    return 1 - error[1:] / error[0].clamp(min=1e-12), seen / acts.square().sum(0).clamp(min=1e-12)
+            total = torch.zeros(size, n_features).index_add_(0, other_group, other_acts)
+            count = torch.bincount(other_group, minlength=size)[test_group].unsqueeze(-1)
+            prediction = (total[test_group] + shrinkage * prediction) / (count + shrinkage)
+            error[n] += (test_acts - prediction).square().sum(0)
+            seen[n - 1] += (test_acts.square() * (count > 0)).sum(0)
+    mass = acts_PF.square().sum(0)
+    return 1 - error[1:] / error[0].clamp(min=1e-12), seen / mass.clamp(min=1e-12)
 
 
 def feature_table(sae: tu.TSAE, text: Text, features: Tensor, orders: int = 3) -> pd.DataFrame:
-    """A row for each feature: firing frequency, mean and greatest activation, locality_n and coverage_n."""
+    """One row per feature: frequency, mass, greatest activation, locality_n and coverage_n.
+
+    Frequency is the share of positions on which it fires, mass its summed squared activation.
+    """
     groups = [text.last(n) for n in range(1, orders + 1)]
-    rows = []
+    tables = []
     for part in tqdm(features.split(256), desc="locality"):
         acts = activations(sae, text.x, part.to(sae.W_dec.device))
         share, coverage = locality(acts, groups, text.document)
-        rows.append(
-            pd.DataFrame(
-                {
-                    "feature": part.numpy(),
-                    "frequency": (acts > 0).float().mean(0).numpy(),
-                    "mass": acts.square().sum(0).numpy(),
-                    "greatest": acts.amax(0).numpy(),
-                    **{f"locality_{n}": share[n - 1].numpy() for n in range(1, orders + 1)},
-                    **{f"coverage_{n}": coverage[n - 1].numpy() for n in range(1, orders + 1)},
-                }
-            )
-        )
-    return pd.concat(rows, ignore_index=True)
+        columns = {
+            "feature": part,
+            "frequency": (acts > 0).float().mean(0),
+            "mass": acts.square().sum(0),
+            "greatest": acts.amax(0),
+        }
+        columns |= {f"locality_{n}": share[n - 1] for n in range(1, orders + 1)}
+        columns |= {f"coverage_{n}": coverage[n - 1] for n in range(1, orders + 1)}
+        tables.append(pd.DataFrame({name: column.numpy() for name, column in columns.items()}))
+    return pd.concat(tables, ignore_index=True)
 
 
 def sample_features(sae: tu.TSAE, text: Text, n: int, seed: int = 0, least: int = 10) -> Tensor:
-    """At most n features, drawn evenly from those that fire on at least `least` positions."""
+    """At most n features [n], drawn from those that fire on at least `least` positions."""
     alive = torch.nonzero(firing(sae, text.x) >= least).squeeze(-1)
-    return (
-        alive[torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))[:n]]
-        .sort()
-        .values
-    )
+    order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))
+    return alive[order[:n]].sort().values
+
+
+# ---------------------------------------------------------------------------------------------
+# n-grams
+# ---------------------------------------------------------------------------------------------
 
 
 def prompts(lab: Lab, grams: Tensor) -> Tensor:
-    """[BOS, t1, ..., tn] for n-grams [G, n]."""
-    return torch.cat([torch.full((len(grams), 1), lab.lm.bos_id), grams.long()], dim=1)
+    """[BOS, t1, ..., tn] for n-grams [G, n]: [G, n + 1]."""
+    bos = torch.full((len(grams), 1), lab.lm.bos_id)
+    return torch.cat([bos, grams.long()], dim=1)
 
 
 @torch.no_grad()
 def gram_activations(lab: Lab, grams: Tensor, layer: int) -> Tensor:
-    """The residual stream at the last token of each n-gram's prompt [G, D]."""
-    return torch.cat(
-        [
-            lab.lm.activations(part, [layer])[layer][:, -1]
-            for part in prompts(lab, grams).split(1024)
-        ]
-    )
+    """The residual stream at the last token of the prompt of each n-gram [G, n]: [G, D]."""
+    parts = prompts(lab, grams).split(1024)
+    return torch.cat([lab.lm.activations(part, [layer])[layer][:, -1] for part in parts])
+
+
+def counted_rows(lab: Lab) -> Tensor:
+    """Training rows [R, L], evenly spaced, of at most the profile's `ngram_tokens` tokens."""
+    ids = lab.train_rows
+    wanted = max(1, lab.p.budget.ngram_tokens // ids.shape[1])
+    if wanted < len(ids):
+        ids = ids[torch.linspace(0, len(ids) - 1, wanted).long()]
+    return ids.long()
 
 
 def common_grams(lab: Lab, n: int, limit: int) -> tuple[Tensor, np.ndarray]:
-    """The commonest n-grams [G, n] of the training rows and their counts, commonest first, within documents.
+    """The `limit` commonest n-grams [G, n] of the training rows and their counts [G].
 
-    Counted on at most the profile's `ngram_tokens`, evenly spaced.
+    The commonest comes first. An n-gram lies within one document.
     """
-    ids, wanted = lab.train_rows, max(1, lab.p.budget.ngram_tokens // lab.train_rows.shape[1])
-    ids = (
-        ids if wanted >= len(ids) else ids[torch.linspace(0, len(ids) - 1, wanted).long()]
-    ).long()
-    whole = tu.keep_mask(ids, lab.lm).unfold(1, n, 1).all(-1)
-    grams = ids.unfold(1, n, 1)[whole]
+    ids = counted_rows(lab)
+    is_whole = tu.keep_mask(ids, lab.lm).unfold(1, n, 1).all(-1)
+    grams = ids.unfold(1, n, 1)[is_whole]
+    # Number the n-grams that occur. Renumbering after each column keeps the products small.
     key = torch.zeros(len(grams), dtype=torch.int64)
-    for column in grams.T:  # the number of each n-gram among those that occur, column by column
+    for column in grams.T:
         key = torch.unique(key * lab.lm.n_vocab + column, return_inverse=True)[1]
     count = torch.bincount(key)
-    first = torch.full((len(count),), len(grams)).scatter_reduce_(
-        0, key, torch.arange(len(grams)), "amin"
-    )
+    # The first occurrence of each number gives its tokens.
+    first = torch.full((len(count),), len(grams))
+    first.scatter_reduce_(0, key, torch.arange(len(grams)), "amin")
     top = count.topk(min(limit, len(count))).indices
     return grams[first[top]], count[top].numpy()
 
 
 def token_counts(lab: Lab) -> Tensor:
-    """How often each token occurs [V], on the rows of `common_grams`."""
+    """Occurrences of each token [V] in the rows of `common_grams`."""
     grams, count = common_grams(lab, 1, lab.lm.n_vocab)
-    return torch.zeros(lab.lm.n_vocab, dtype=torch.int64).index_put(
-        (grams[:, 0],), torch.from_numpy(count)
-    )
+    counts = torch.zeros(lab.lm.n_vocab, dtype=torch.int64)
+    counts[grams[:, 0]] = torch.from_numpy(count)
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------
+# Dashboards
+# ---------------------------------------------------------------------------------------------
 
 
 def logit_directions(lm: tu.LanguageModel) -> Tensor:
-    """W_U [V, D] behind the final norm's gain: a direction of the stream times this is its direct effect on the logits."""
+    """W_U [V, D] scaled by the final norm's gain.
+
+    Its product with a direction of the stream is that direction's direct effect on the logits.
+    """
     gains = [
-        m.weight
-        for m in lm.model.base_model.children()
-        if getattr(m, "weight", None) is not None and m.weight.shape == (lm.d_model,)
+        module.weight
+        for module in lm.model.base_model.children()
+        if getattr(module, "weight", None) is not None and module.weight.shape == (lm.d_model,)
     ]
     W_U = lm.model.get_output_embeddings().weight.detach().float()
-    W_U = W_U * gains[-1].detach().float() if gains else W_U
+    if gains:
+        W_U = W_U * gains[-1].detach().float()
     return W_U - W_U.mean(-1, keepdim=True) if lm.centred else W_U
 
 
@@ -198,71 +233,97 @@ def describe(
     top: int = 8,
     acts: Tensor | None = None,
 ) -> pd.DataFrame:
-    """Everything a dashboard shows of one feature, a row each: `row, rank, place, token, value`.
+    """Everything that a dashboard shows of one feature: `row, token, value, rank, place, feature`.
 
-    row is context (a token of a strong context, with the activation on it; place 0 is the strongest token), histogram
-    (value: positions; place: the bin's lower edge), boosted or suppressed (logit per unit of activation), table
-    (cosine of the decoder row with a row of unigram activations, means removed) or number (a statistic). `acts` are the
-    feature's activations [P] where they are known: encoding the text is the slow part.
+    The column `row` tells what a row is:
+
+        number       a statistic
+        context      a token of a strong context with its activation; place 0 is the strongest token
+        histogram    a bin of positive activations: value positions above the lower edge place
+        boosted      a token whose logit the feature raises most, per unit of activation
+        suppressed   a token whose logit it lowers most
+        table        a token whose row of unigram activations, mean removed, is closest by cosine
+
+    `acts` are the feature's activations [P] where they are known: encoding the text is slow.
     """
-
-    def word(token: int) -> str:
-        return lab.lm.tokenizer.decode([token])
-
     if acts is None:
-        acts = activations(sae, text.x, torch.tensor([feature], device=text.x.device))[:, 0]
-    grid = torch.zeros(text.ids.shape)
-    grid[text.keep] = acts
+        chosen = torch.tensor([feature], device=text.x.device)
+        acts = activations(sae, text.x, chosen)[:, 0]
+    direction_D = sae.W_dec[feature]
     numbers = {
         "frequency": (acts > 0).float().mean(),
         "greatest": acts.max(),
-        "decoder norm": sae.W_dec[feature].norm(),
+        "decoder norm": direction_D.norm(),
     }
-    rows = [
-        {"row": "number", "token": name, "value": value.item()} for name, value in numbers.items()
-    ]
-    place, used, rank = text.keep.nonzero(), set(), 0
-    for at in acts.argsort(descending=True).tolist():
-        r, c = place[at].tolist()
-        if rank == contexts or acts[at] <= 0:
-            break
-        document, wording = (
-            int(text.document[at]),
-            tuple(text.ids[r, max(0, c - 2) : c + 1].tolist()),
-        )
-        if document in used or wording in used:
-            continue  # one context for each document and each wording
-        used |= {document, wording}
-        rank += 1
-        for i in range(max(1, c - window), min(text.ids.shape[1], c + window // 2 + 1)):
-            rows.append(
-                {
-                    "row": "context",
-                    "rank": rank,
-                    "place": i - c,
-                    "token": word(int(text.ids[r, i])),
-                    "value": grid[r, i].item(),
-                }
-            )
-    fired = acts[acts > 0].numpy()
-    if len(fired):
-        count, edges = np.histogram(fired, bins=24, range=(0, fired.max()))
-        rows += [
-            {"row": "histogram", "rank": i, "place": edges[i], "value": float(n)}
-            for i, n in enumerate(count)
-        ]
-    direction = sae.W_dec[feature]
-    effect = logit_directions(lab.lm) @ direction
-    table = lab.unigrams(tu.parse_hook(sae.cfg.hook_name, lab.lm.n_layers))
-    cosine = torch.cosine_similarity(table - table.mean(0), direction, dim=-1)
-    for name, values, largest in (
-        ("boosted", effect, True),
-        ("suppressed", effect, False),
-        ("table", cosine, True),
-    ):
-        v, i = values.topk(top, largest=largest)
-        rows += [
-            {"row": name, "rank": n + 1, "token": word(int(i[n])), "value": v[n].item()}
-            for n in range(len(v))
-        ]
+    rows = [{"row": "number", "token": name, "value": v.item()} for name, v in numbers.items()]
+    rows += context_rows(lab, text, acts, contexts, window)
+    rows += histogram_rows(acts)
+    effect_V = logit_directions(lab.lm) @ direction_D
+    table_VD = lab.unigrams(tu.parse_hook(sae.cfg.hook_name, lab.lm.n_layers))
+    cosine_V = torch.cosine_similarity(table_VD - table_VD.mean(0), direction_D, dim=-1)
+    rows += ranking_rows(lab, "boosted", effect_V, top)
+    rows += ranking_rows(lab, "suppressed", effect_V, top, largest=False)
+    rows += ranking_rows(lab, "table", cosine_V, top)
     return pd.DataFrame(rows).assign(feature=feature)
+
+
+def word(lab: Lab, token: int) -> str:
+    """A token as text."""
+    return lab.lm.tokenizer.decode([token])
+
+
+def strongest_positions(text: Text, acts: Tensor, limit: int) -> list[tuple[int, int]]:
+    """(Row, column) of the strongest activations [P], one per document and per wording."""
+    row_column, used, chosen = text.keep.nonzero(), set(), []
+    for position in acts.argsort(descending=True).tolist():
+        if len(chosen) == limit or acts[position] <= 0:
+            break
+        row, column = row_column[position].tolist()
+        document = int(text.document[position])
+        wording = tuple(text.ids[row, max(0, column - 2) : column + 1].tolist())
+        if document in used or wording in used:
+            continue
+        used |= {document, wording}
+        chosen.append((row, column))
+    return chosen
+
+
+def context_rows(
+    lab: Lab, text: Text, acts: Tensor, contexts: int, window: int
+) -> list[dict[str, object]]:
+    """Strong contexts, one row per token: `window` tokens before and half as many after."""
+    acts_RL = torch.zeros(text.ids.shape)
+    acts_RL[text.keep] = acts
+    rows = []
+    for rank, (row, column) in enumerate(strongest_positions(text, acts, contexts), 1):
+        start = max(1, column - window)
+        stop = min(text.ids.shape[1], column + window // 2 + 1)
+        for i in range(start, stop):
+            token = word(lab, int(text.ids[row, i]))
+            activation = acts_RL[row, i].item()
+            key = {"row": "context", "rank": rank, "place": i - column}
+            rows.append(key | {"token": token, "value": activation})
+    return rows
+
+
+def histogram_rows(acts: Tensor) -> list[dict[str, object]]:
+    """Counts of positive activations [P] in equal bins up to the greatest."""
+    positive = acts[acts > 0].numpy()
+    if not len(positive):
+        return []
+    count, edges = np.histogram(positive, bins=HISTOGRAM_BINS, range=(0, positive.max()))
+    return [
+        {"row": "histogram", "rank": i, "place": edges[i], "value": float(n)}
+        for i, n in enumerate(count)
+    ]
+
+
+def ranking_rows(
+    lab: Lab, name: str, values: Tensor, top: int, largest: bool = True
+) -> list[dict[str, object]]:
+    """The `top` tokens by a value for every token [V]."""
+    best, tokens = values.topk(top, largest=largest)
+    return [
+        {"row": name, "rank": rank, "token": word(lab, int(token)), "value": value.item()}
+        for rank, (token, value) in enumerate(zip(tokens, best, strict=True), 1)
+    ]

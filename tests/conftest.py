@@ -37,11 +37,30 @@ def word_tokenizer(**special) -> PreTrainedTokenizerFast:
 
 SMALL = {"vocab_size": VOCAB, "bos_token_id": 0, "eos_token_id": 1}
 MODELS = {
-    "gpt2": lambda: GPT2LMHeadModel(GPT2Config(n_embd=32, n_layer=3, n_head=2, n_positions=32, **SMALL)),
-    "llama": lambda: LlamaForCausalLM(LlamaConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
-                                                  intermediate_size=64, max_position_embeddings=32, **SMALL)),
-    "neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(hidden_size=32, num_hidden_layers=3, num_attention_heads=4, intermediate_size=64,
-                                                     max_position_embeddings=32, **SMALL)),
+    "gpt2": lambda: GPT2LMHeadModel(
+        GPT2Config(n_embd=32, n_layer=3, n_head=2, n_positions=32, **SMALL)
+    ),
+    "llama": lambda: LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=32,
+            **SMALL,
+        )
+    ),
+    "neox": lambda: GPTNeoXForCausalLM(
+        GPTNeoXConfig(
+            hidden_size=32,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            intermediate_size=64,
+            max_position_embeddings=32,
+            **SMALL,
+        )
+    ),
 }
 
 
@@ -78,8 +97,10 @@ def lm(gpt2_folder):
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
     generator = torch.Generator().manual_seed(0)
-    return [" ".join(f"w{i}" for i in torch.randint(2, VOCAB, (n,), generator=generator).tolist())
-            for n in torch.randint(3, 40, (200,), generator=generator).tolist()]
+    return [
+        " ".join(f"w{i}" for i in torch.randint(2, VOCAB, (n,), generator=generator).tolist())
+        for n in torch.randint(3, 40, (200,), generator=generator).tolist()
+    ]
 
 
 @pytest.fixture(scope="session")
@@ -93,18 +114,42 @@ def res_jb(folder: Path, weights: dict[str, torch.Tensor], hook: str, **changes)
     """A folder in the layout of one of jbloom/GPT2-Small-SAEs-Reformatted: W_enc, b_enc, W_dec, b_dec, SAELens before version 6."""
     folder.mkdir(parents=True)
     d_in, d_sae = weights["W_enc"].shape
-    cfg = {"model_name": "gpt2-small", "hook_point": hook, "hook_point_layer": int(hook.split(".")[1]), "hook_point_head_index": None,
-           "dataset_path": "Skylion007/openwebtext", "is_dataset_tokenized": False, "context_size": 128, "use_cached_activations": False,
-           "d_in": d_in, "d_sae": d_sae, "l1_coefficient": 8e-5, "lr": 4e-4,
-           "from_pretrained_path": None, "dtype": "torch.float32", "device": "cuda", **changes}
+    cfg = {
+        "model_name": "gpt2-small",
+        "hook_point": hook,
+        "hook_point_layer": int(hook.split(".")[1]),
+        "hook_point_head_index": None,
+        "dataset_path": "Skylion007/openwebtext",
+        "is_dataset_tokenized": False,
+        "context_size": 128,
+        "use_cached_activations": False,
+        "d_in": d_in,
+        "d_sae": d_sae,
+        "l1_coefficient": 8e-5,
+        "lr": 4e-4,
+        "from_pretrained_path": None,
+        "dtype": "torch.float32",
+        "device": "cuda",
+        **changes,
+    }
     (folder / "cfg.json").write_text(json.dumps(cfg))
-    save_file({n: weights[n].detach().contiguous() for n in ("W_enc", "b_enc", "W_dec", "b_dec")}, folder / "sae_weights.safetensors")
+    save_file(
+        {n: weights[n].detach().contiguous() for n in ("W_enc", "b_enc", "W_dec", "b_dec")},
+        folder / "sae_weights.safetensors",
+    )
     save_file({"sparsity": torch.zeros(d_sae)}, folder / "sparsity.safetensors")
     return folder
 
 
 def good_sae(d_in: int, rank: int | None = None) -> dict[str, torch.Tensor]:
     """Weights of a ReLU SAE that reconstructs 0.9 x: plus and minus of an orthogonal basis (of `rank` directions)."""
-    basis = torch.linalg.qr(torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(0)))[0][: rank or d_in]
+    basis = torch.linalg.qr(torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(0)))[0][
+        : rank or d_in
+    ]
     W_dec = torch.cat([basis, -basis])
-    return {"W_enc": W_dec.T, "b_enc": torch.zeros(len(W_dec)), "W_dec": 0.9 * W_dec, "b_dec": torch.zeros(d_in)}
+    return {
+        "W_enc": W_dec.T,
+        "b_enc": torch.zeros(len(W_dec)),
+        "W_dec": 0.9 * W_dec,
+        "b_dec": torch.zeros(d_in),
+    }

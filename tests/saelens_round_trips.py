@@ -19,7 +19,9 @@ import tsae_utils as tu
 
 D, F_, K = 24, 96, 5
 HOOK = "blocks.8.hook_resid_pre"
-RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "saelens-round-trips.csv"
+RESULTS = (
+    Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "saelens-round-trips.csv"
+)
 ROWS: list[dict] = []
 
 
@@ -49,17 +51,35 @@ def randomise(module: torch.nn.Module) -> None:
 
 
 def compare(direction: str, what: str, acts_a, acts_b, out_a, out_b) -> None:
-    ROWS.append({"direction": direction, "sae": what, "sae_lens": sae_lens.__version__,
-                 "largest_feature_difference": f"{(acts_a - acts_b).abs().max().item():.2g}",
-                 "largest_reconstruction_difference": f"{(out_a - out_b).abs().max().item():.2g}",
-                 "active_features_per_token": f"{(acts_a > 0).sum(-1).float().mean().item():.3g}"})
-    assert (acts_a > 0).any() and torch.allclose(acts_a, acts_b, atol=1e-5) and torch.allclose(out_a, out_b, atol=1e-4)
+    ROWS.append(
+        {
+            "direction": direction,
+            "sae": what,
+            "sae_lens": sae_lens.__version__,
+            "largest_feature_difference": f"{(acts_a - acts_b).abs().max().item():.2g}",
+            "largest_reconstruction_difference": f"{(out_a - out_b).abs().max().item():.2g}",
+            "active_features_per_token": f"{(acts_a > 0).sum(-1).float().mean().item():.3g}",
+        }
+    )
+    assert (
+        (acts_a > 0).any()
+        and torch.allclose(acts_a, acts_b, atol=1e-5)
+        and torch.allclose(out_a, out_b, atol=1e-4)
+    )
 
 
 @pytest.mark.parametrize("table", [False, True])
 @pytest.mark.parametrize("activation", ["topk", "batchtopk", "relu", "gated", "jumprelu"])
 def test_ours_loads_there(tmp_path, activation, table):
-    cfg = tu.TSAEConfig(d_in=D, d_sae=F_, activation=activation, k=K, model_name="gpt2", hook_name=HOOK, context_size=128)
+    cfg = tu.TSAEConfig(
+        d_in=D,
+        d_sae=F_,
+        activation=activation,
+        k=K,
+        model_name="gpt2",
+        hook_name=HOOK,
+        context_size=128,
+    )
     sae = tu.TSAE(cfg, tu.TokenLookup(torch.randn(50, D)) if table else None).eval()
     x, tokens = x_BD(), torch.arange(200).remainder(50)[:, None]
     randomise(sae)
@@ -71,15 +91,26 @@ def test_ours_loads_there(tmp_path, activation, table):
         out = theirs(x)
         if table:  # from its own file
             out = out + load_file(folder / "token_lookup.safetensors")["W_lookup"][tokens[:, 0]]
-        compare("ours to sae_lens", activation + " with table" * table, sae.encode(x), theirs.encode(x), sae(x, tokens).x_hat, out)
+        compare(
+            "ours to sae_lens",
+            activation + " with table" * table,
+            sae.encode(x),
+            theirs.encode(x),
+            sae(x, tokens).x_hat,
+            out,
+        )
     assert theirs.cfg.metadata.hook_name == HOOK and theirs.cfg.metadata.context_size == 128
 
 
 def theirs(kind: str, **changes):
     """A SAELens SAE for inference, weights random."""
     common = {"d_in": D, "d_sae": F_, "dtype": "float32", "device": "cpu", **changes}
-    cls, cfg = {"standard": (sae_lens.StandardSAE, sae_lens.StandardSAEConfig), "topk": (sae_lens.TopKSAE, sae_lens.TopKSAEConfig),
-                "jumprelu": (sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig), "gated": (sae_lens.GatedSAE, sae_lens.GatedSAEConfig)}[kind]
+    cls, cfg = {
+        "standard": (sae_lens.StandardSAE, sae_lens.StandardSAEConfig),
+        "topk": (sae_lens.TopKSAE, sae_lens.TopKSAEConfig),
+        "jumprelu": (sae_lens.JumpReLUSAE, sae_lens.JumpReLUSAEConfig),
+        "gated": (sae_lens.GatedSAE, sae_lens.GatedSAEConfig),
+    }[kind]
     sae = cls(cfg(**common, **({"k": K} if kind == "topk" else {})))
     randomise(sae)
     return sae
@@ -96,7 +127,14 @@ def test_theirs_loads_here(tmp_path, kind, b_dec_on_input):
 def same(sae, folder: Path, what: str) -> None:
     ours, x = tu.load(folder), x_BD()
     with torch.no_grad():
-        compare("sae_lens to ours", what, ours.encode(x), sae.encode(x), ours(x, torch.zeros(200, 1, dtype=torch.long)).x_hat, sae(x))
+        compare(
+            "sae_lens to ours",
+            what,
+            ours.encode(x),
+            sae.encode(x),
+            ours(x, torch.zeros(200, 1, dtype=torch.long)).x_hat,
+            sae(x),
+        )
 
 
 def test_topk_scaled_by_decoder_norms_loads_here(tmp_path):
@@ -109,7 +147,9 @@ def test_topk_scaled_by_decoder_norms_loads_here(tmp_path):
 def test_trained_theirs_loads_here(tmp_path, kind):
     """What their training saves for inference."""
     more = {"k": K} if "TopK" in kind else {}
-    cfg = getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=D, d_sae=F_, dtype="float32", device="cpu", **more)
+    cfg = getattr(sae_lens, f"{kind}TrainingSAEConfig")(
+        d_in=D, d_sae=F_, dtype="float32", device="cpu", **more
+    )
     sae = getattr(sae_lens, f"{kind}TrainingSAE")(cfg)
     randomise(sae)
     if kind == "BatchTopK":
@@ -122,10 +162,22 @@ def test_pre_6_keys_load_here_as_there(tmp_path):
     """RES-JB's layout: flat, hook_point, no architecture."""
     sae = theirs("standard")
     sae.save_model(tmp_path / "s")
-    old = {"model_name": "gpt2-small", "hook_point": HOOK, "hook_point_layer": 8, "d_in": D, "d_sae": F_, "context_size": 128,
-           "dtype": "torch.float32", "device": "cpu"}
+    old = {
+        "model_name": "gpt2-small",
+        "hook_point": HOOK,
+        "hook_point_layer": 8,
+        "d_in": D,
+        "d_sae": F_,
+        "context_size": 128,
+        "dtype": "torch.float32",
+        "device": "cpu",
+    }
     (tmp_path / "s" / "cfg.json").write_text(json.dumps(old))
-    same(sae_lens.SAE.load_from_disk(tmp_path / "s"), tmp_path / "s", "standard, keys from before version 6")
+    same(
+        sae_lens.SAE.load_from_disk(tmp_path / "s"),
+        tmp_path / "s",
+        "standard, keys from before version 6",
+    )
     assert tu.load(tmp_path / "s").cfg.hook_name == HOOK
 
 
@@ -144,7 +196,9 @@ def test_fvu_is_one_less_their_explained_variance():
     theirs = ExplainedVarianceCalculator()
     for a, b in zip(x.split(64), x_hat.split(64), strict=True):
         theirs.add_batch(sae_output=b, hidden_acts=a)
-    assert tu.reconstruction_error(x, x_hat).fvu == pytest.approx(1 - float(theirs.compute()), rel=1e-3)
+    assert tu.reconstruction_error(x, x_hat).fvu == pytest.approx(
+        1 - float(theirs.compute()), rel=1e-3
+    )
 
 
 def test_attach_to_a_hooked_transformer():
@@ -153,9 +207,24 @@ def test_attach_to_a_hooked_transformer():
 
     import interop
 
-    model = HookedTransformer(HookedTransformerConfig(n_layers=2, d_model=D, n_ctx=32, d_head=8, n_heads=3, d_mlp=48, d_vocab=50,
-                                                      act_fn="gelu_new", normalization_type="LN", seed=0))
-    sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=F_, k=K, hook_name="blocks.1.hook_resid_pre"), tu.TokenLookup(torch.randn(50, D))).eval()
+    model = HookedTransformer(
+        HookedTransformerConfig(
+            n_layers=2,
+            d_model=D,
+            n_ctx=32,
+            d_head=8,
+            n_heads=3,
+            d_mlp=48,
+            d_vocab=50,
+            act_fn="gelu_new",
+            normalization_type="LN",
+            seed=0,
+        )
+    )
+    sae = tu.TSAE(
+        tu.TSAEConfig(d_in=D, d_sae=F_, k=K, hook_name="blocks.1.hook_resid_pre"),
+        tu.TokenLookup(torch.randn(50, D)),
+    ).eval()
     randomise(sae)
     ids = torch.randint(50, (2, 10), generator=torch.Generator().manual_seed(0))
 
@@ -167,6 +236,11 @@ def test_attach_to_a_hooked_transformer():
     with torch.no_grad(), interop.attach(model, sae) as seen:
         attached = model(ids)
     with torch.no_grad():
-        expected, clean = model.run_with_hooks(ids, fwd_hooks=[(sae.cfg.hook_name, by_hand)]), model(ids)
-    assert torch.allclose(attached, expected, atol=1e-4) and not torch.allclose(clean, expected, atol=1e-2)
+        expected, clean = (
+            model.run_with_hooks(ids, fwd_hooks=[(sae.cfg.hook_name, by_hand)]),
+            model(ids),
+        )
+    assert torch.allclose(attached, expected, atol=1e-4) and not torch.allclose(
+        clean, expected, atol=1e-2
+    )
     assert seen.acts.shape == (2, 10, F_)

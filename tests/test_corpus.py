@@ -28,10 +28,16 @@ def test_repeats_are_removed_across_splits():
     text = " ".join(words[:60])
     near = " ".join([*words[:30], "changed", *words[31:60]])  # one word of sixty differs
     fresh = " ".join(words[100:160])
-    documents = [Document("heldout", "p", "m", "a", near), Document("lm", "p", "m", "b", text), Document("sae", "p", "m", "c", fresh),
-                 Document("heldout", "p", "m", "d", " ".join(words[200:260]))]
+    documents = [
+        Document("heldout", "p", "m", "a", near),
+        Document("lm", "p", "m", "b", text),
+        Document("sae", "p", "m", "c", fresh),
+        Document("heldout", "p", "m", "d", " ".join(words[200:260])),
+    ]
     assert [d.name for d in corpus.drop_repeats(documents)] == ["b", "c", "d"]
-    assert corpus.overlap(documents[:2]) > 0.7 and corpus.overlap(corpus.drop_repeats(documents)) == 0
+    assert (
+        corpus.overlap(documents[:2]) > 0.7 and corpus.overlap(corpus.drop_repeats(documents)) == 0
+    )
 
 
 def test_short_repeats_are_removed_too():
@@ -42,9 +48,11 @@ def test_short_repeats_are_removed_too():
 def test_docstrings_of_a_file(tmp_path):
     body = "A docstring that is long enough to be taken as a document."
     path = tmp_path / "x.py"
-    path.write_text(f'"""{body}"""\nclass A:\n    """{body} Class."""\n    if True:\n        def f(self):\n'
-                    f'            """{body} Method."""\n'
-                    'def g():\n    """Short."""\n')
+    path.write_text(
+        f'"""{body}"""\nclass A:\n    """{body} Class."""\n    if True:\n        def f(self):\n'
+        f'            """{body} Method."""\n'
+        'def g():\n    """Short."""\n'
+    )
     found = corpus.docstrings_of_file(path, "p", "p.x")
     assert [d.name for d in found] == ["", "A", "A.f"] and found[0].text == body
     path.write_text("def broken(:\n")
@@ -53,22 +61,38 @@ def test_docstrings_of_a_file(tmp_path):
 
 def test_the_order_does_not_depend_on_the_run():
     """Read from the sources, not from the cache, with different hash seeds of Python."""
-    code = ("from testbed import corpus; import hashlib; d = corpus.drop_repeats(corpus.docstrings_of_package('tornado'));"
-            "print(len(d), hashlib.sha256(repr(d).encode()).hexdigest())")
-    runs = {subprocess.run([sys.executable, "-c", code], cwd=ROOT, env={**os.environ, "PYTHONHASHSEED": seed}, capture_output=True,
-                           text=True, check=True).stdout for seed in "01"}
+    code = (
+        "from testbed import corpus; import hashlib; d = corpus.drop_repeats(corpus.docstrings_of_package('tornado'));"
+        "print(len(d), hashlib.sha256(repr(d).encode()).hexdigest())"
+    )
+    runs = {
+        subprocess.run(
+            [sys.executable, "-c", code],
+            cwd=ROOT,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+        for seed in "01"
+    }
     assert len(runs) == 1 and int(runs.pop().split()[0]) > 100
 
 
 def test_a_missing_package_is_said(monkeypatch, tmp_path):
     """Another machine lacks a package, or has one without metadata: the corpus is made of the rest and says so."""
     root = corpus.package_root
-    monkeypatch.setattr(corpus, "PACKAGES", {"tornado": "tornado", "gone": "gone", "mpmath": "no-such-distribution"})
+    monkeypatch.setattr(
+        corpus, "PACKAGES", {"tornado": "tornado", "gone": "gone", "mpmath": "no-such-distribution"}
+    )
     monkeypatch.setattr(corpus, "package_root", lambda p: None if p == "gone" else root(p))
     monkeypatch.setenv("TSAE_CACHE", str(tmp_path))
     assert corpus.versions() == {"tornado": "6.6.1", "gone": "missing", "mpmath": "unknown"}
     documents, manifest = corpus.load.__wrapped__(progress=False)
-    assert manifest["missing"] == ["gone"] and {d.package for d in documents} == {"tornado", "mpmath"}
+    assert manifest["missing"] == ["gone"] and {d.package for d in documents} == {
+        "tornado",
+        "mpmath",
+    }
 
 
 def test_heldout_overlap_is_low():
@@ -76,7 +100,9 @@ def test_heldout_overlap_is_low():
 
 
 def test_unknown_split():
-    with pytest.raises(ValueError, match="unknown split 'test': expected one of lm, sae, tune, heldout"):
+    with pytest.raises(
+        ValueError, match="unknown split 'test': expected one of lm, sae, tune, heldout"
+    ):
         corpus.documents("test")
 
 

@@ -21,14 +21,20 @@ def raises(kind, text):
     return pytest.raises(kind, match=text)
 
 
-@pytest.mark.parametrize(("settings", "text"), [
-    ({"k": 11}, "k = 11 must lie between 0 and d_sae = 10"),
-    ({"k": -1}, "k = -1 must lie"),
-    ({"activation": "tanh"}, "unknown activation 'tanh': expected one of topk, batchtopk, relu, gated"),
-    ({"d_in": 0}, "d_in = 0"),
-    ({"l1_coefficient": -1.0}, "must not be negative"),
-    ({"decoder_init_norm": 0.0}, "must be positive"),
-])
+@pytest.mark.parametrize(
+    ("settings", "text"),
+    [
+        ({"k": 11}, "k = 11 must lie between 0 and d_sae = 10"),
+        ({"k": -1}, "k = -1 must lie"),
+        (
+            {"activation": "tanh"},
+            "unknown activation 'tanh': expected one of topk, batchtopk, relu, gated",
+        ),
+        ({"d_in": 0}, "d_in = 0"),
+        ({"l1_coefficient": -1.0}, "must not be negative"),
+        ({"decoder_init_norm": 0.0}, "must be positive"),
+    ],
+)
 def test_config(settings, text):
     with raises(ValueError, text):
         tu.TSAEConfig(**{"d_in": 6, "d_sae": 10, "k": 3, **settings})
@@ -37,12 +43,16 @@ def test_config(settings, text):
 def test_unknown_profile(monkeypatch):
     from lab import Lab
 
-    with raises(ValueError, "unknown profile 'huge': TSAE_PROFILE must be one of record, mini, smoke"):
+    with raises(
+        ValueError, "unknown profile 'huge': TSAE_PROFILE must be one of record, mini, smoke"
+    ):
         Lab("x", "huge")
 
 
 def test_missing_model_folder(tmp_path):
-    with raises(FileNotFoundError, "no model at .*nowhere: expected a Hugging Face folder with config.json"):
+    with raises(
+        FileNotFoundError, "no model at .*nowhere: expected a Hugging Face folder with config.json"
+    ):
         tu.load_lm(tmp_path / "nowhere")
 
 
@@ -62,8 +72,13 @@ def test_truncated_model(tmp_path):
 
 
 def test_bos_beyond_the_embedding():
-    tokenizer = word_tokenizer(bos_token="<|endoftext|>")  # not in the vocabulary: gets the id after the last row
-    with raises(ValueError, "BOS id 64 lies beyond the model's embedding of 64 rows: mend tokenizer_config.json"):
+    tokenizer = word_tokenizer(
+        bos_token="<|endoftext|>"
+    )  # not in the vocabulary: gets the id after the last row
+    with raises(
+        ValueError,
+        "BOS id 64 lies beyond the model's embedding of 64 rows: mend tokenizer_config.json",
+    ):
         tu.LanguageModel(MODELS["gpt2"](), tokenizer, "m")
 
 
@@ -78,18 +93,27 @@ def test_tokenizer_of_another_model(lm):
         tu.token_rows(["a"], other, 8)
 
 
-@pytest.mark.parametrize(("hook", "text"), [
-    ("blocks.1.hook_mlp_out", "unknown hook 'blocks.1.hook_mlp_out': expected blocks.<layer>.hook_resid_pre"),
-    ("transformer.h.3", "unknown hook"),
-    ("blocks.3.hook_resid_pre", "is out of range: the model has 3 layers, 0 to 2"),
-])
+@pytest.mark.parametrize(
+    ("hook", "text"),
+    [
+        (
+            "blocks.1.hook_mlp_out",
+            "unknown hook 'blocks.1.hook_mlp_out': expected blocks.<layer>.hook_resid_pre",
+        ),
+        ("transformer.h.3", "unknown hook"),
+        ("blocks.3.hook_resid_pre", "is out of range: the model has 3 layers, 0 to 2"),
+    ],
+)
 def test_hooks(lm, rows, hook, text):
     with raises(ValueError, text):
         tu.ActivationStream(lm, rows, hook, 16, 64)
 
 
 def test_hook_names():
-    assert [tu.parse_hook(f"blocks.{i}.hook_resid_{p}", 3) for i, p in ((0, "pre"), (2, "pre"), (2, "post"))] == [0, 2, 3]
+    assert [
+        tu.parse_hook(f"blocks.{i}.hook_resid_{p}", 3)
+        for i, p in ((0, "pre"), (2, "pre"), (2, "post"))
+    ] == [0, 2, 3]
 
 
 def test_empty_corpus(lm, tmp_path):
@@ -105,10 +129,14 @@ def test_empty_corpus(lm, tmp_path):
 
 def test_corpus_of_another_format(tmp_path):
     (tmp_path / "a.csv").write_text("text\nhello\n")
-    with raises(ValueError, "cannot read a.csv: expected .txt, .jsonl or .parquet with a column 'text'"):
+    with raises(
+        ValueError, "cannot read a.csv: expected .txt, .jsonl or .parquet with a column 'text'"
+    ):
         list(tu.read_documents(tmp_path / "a.csv"))
     (tmp_path / "b.jsonl").write_text('{"body": "hello", "id": 1}\n')
-    with raises(ValueError, "document 0 has no text under 'text'; its columns are \\['body', 'id'\\]"):
+    with raises(
+        ValueError, "document 0 has no text under 'text'; its columns are \\['body', 'id'\\]"
+    ):
         list(tu.read_documents(tmp_path / "b.jsonl"))
     (tmp_path / "only").mkdir()
     with raises(ValueError, "no text in .*only: expected .txt, .jsonl or .parquet files"):
@@ -142,7 +170,11 @@ def test_nan_activations(gpt2_folder, rows):
     with torch.no_grad():
         lm.model.transformer.wte.weight[5, 0] = float("nan")
     stream = tu.ActivationStream(lm, rows, HOOK, 16, 256)
-    for use in (lambda: next(iter(stream)), lambda: tu.Evaluator(lm, rows, HOOK), lambda: tu.unigram_activations(lm, HOOK)):
+    for use in (
+        lambda: next(iter(stream)),
+        lambda: tu.Evaluator(lm, rows, HOOK),
+        lambda: tu.unigram_activations(lm, HOOK),
+    ):
         with raises(ValueError, "activations at blocks.1.hook_resid_pre contain NaN or infinity"):
             use()
 
@@ -152,7 +184,12 @@ def test_nan_loss_names_the_sae(lm, rows):
     with torch.no_grad():
         bad.W_dec[0] = float("inf")
     with raises(FloatingPointError, "the loss of 'bad' is"):
-        tu.train({"good": good, "bad": bad}, tu.ActivationStream(lm, rows, HOOK, 16, 256), tu.TrainConfig(tokens=160), progress=False)
+        tu.train(
+            {"good": good, "bad": bad},
+            tu.ActivationStream(lm, rows, HOOK, 16, 256),
+            tu.TrainConfig(tokens=160),
+            progress=False,
+        )
 
 
 @pytest.mark.parametrize("where", ["W_enc_FD", "b_enc"])
@@ -162,7 +199,12 @@ def test_a_weight_that_is_nan_is_not_trained_on(lm, rows, where):
     with torch.no_grad():
         getattr(sae, where)[0] = -float("nan")
     with raises(FloatingPointError, "'only' is"):
-        tu.train({"only": sae}, tu.ActivationStream(lm, rows, HOOK, 16, 256), tu.TrainConfig(tokens=160), progress=False)
+        tu.train(
+            {"only": sae},
+            tu.ActivationStream(lm, rows, HOOK, 16, 256),
+            tu.TrainConfig(tokens=160),
+            progress=False,
+        )
 
 
 def test_batch_larger_than_buffer(lm, rows):
@@ -175,17 +217,31 @@ def test_batch_larger_than_buffer(lm, rows):
 def test_unequal_token_budgets(lm, rows):
     cfgs = {"a": tu.TrainConfig(tokens=100), "b": tu.TrainConfig(tokens=200)}
     with raises(ValueError, "SAEs trained together see the same tokens"):
-        tu.train({"a": random_sae(d_in=32), "b": random_sae(d_in=32)}, tu.ActivationStream(lm, rows, HOOK, 16, 64), cfgs)
+        tu.train(
+            {"a": random_sae(d_in=32), "b": random_sae(d_in=32)},
+            tu.ActivationStream(lm, rows, HOOK, 16, 64),
+            cfgs,
+        )
 
 
 def test_table_of_another_vocabulary(lm, rows):
     evaluator = tu.Evaluator(lm, rows[:4], HOOK)
-    with raises(ValueError, "token 9 has no row in a lookup table of 7 rows: the table belongs to another vocabulary"):
+    with raises(
+        ValueError,
+        "token 9 has no row in a lookup table of 7 rows: the table belongs to another vocabulary",
+    ):
         random_sae(vocab=7)(torch.randn(1, 6), torch.tensor([[9]]))
-    with raises(ValueError, "the lookup table has 99 rows, the model 64 tokens: it belongs to another vocabulary"):
+    with raises(
+        ValueError,
+        "the lookup table has 99 rows, the model 64 tokens: it belongs to another vocabulary",
+    ):
         evaluator(random_sae(d_in=32, vocab=99))
     with raises(ValueError, "the lookup table has 99 rows"):
-        tu.train({"a": random_sae(d_in=32, vocab=99)}, tu.ActivationStream(lm, rows, HOOK, 16, 64), tu.TrainConfig(tokens=16))
+        tu.train(
+            {"a": random_sae(d_in=32, vocab=99)},
+            tu.ActivationStream(lm, rows, HOOK, 16, 64),
+            tu.TrainConfig(tokens=16),
+        )
     with raises(ValueError, "the lookup table's rows have 5 entries, the SAE's d_in is 6"):
         tu.TSAE(tu.TSAEConfig(d_in=6, d_sae=4, k=1), tu.TokenLookup(torch.zeros(7, 5)))
 
@@ -195,30 +251,70 @@ def test_table_of_another_vocabulary(lm, rows):
 
 @pytest.fixture
 def saved(tmp_path):
-    return tu.save(random_sae(vocab=7, hook_name=HOOK, context_size=16), tmp_path / "sae", {"note": "kept"})
+    return tu.save(
+        random_sae(vocab=7, hook_name=HOOK, context_size=16), tmp_path / "sae", {"note": "kept"}
+    )
 
 
 @pytest.mark.parametrize("activation", tu.ACTIVATIONS)
 @pytest.mark.parametrize("vocab", [None, 7])
 def test_round_trip(tmp_path, activation, vocab):
-    sae = random_sae(vocab=vocab, activation=activation, hook_name=HOOK, model_name="m", context_size=16, l1_coefficient=2,
-                     decoder_init_norm=0.1)
+    sae = random_sae(
+        vocab=vocab,
+        activation=activation,
+        hook_name=HOOK,
+        model_name="m",
+        context_size=16,
+        l1_coefficient=2,
+        decoder_init_norm=0.1,
+    )
     again = tu.load(tu.save(sae, tmp_path / "s"))
     x, tokens = torch.randn(9, 6), torch.randint(7, (9, 1))
     assert torch.equal(again(x, tokens).x_hat, sae.eval()(x, tokens).x_hat)
-    assert (again.cfg.hook_name, again.cfg.l1_coefficient, again.cfg.model_name) == (HOOK, 2, "m"), "an int, as people write it"
+    assert (again.cfg.hook_name, again.cfg.l1_coefficient, again.cfg.model_name) == (
+        HOOK,
+        2,
+        "m",
+    ), "an int, as people write it"
     assert again.cfg.decoder_init_norm == 0.1
     assert again.cfg.activation == activation and not again.training
 
 
 def test_layout_is_saelens(saved):
     """Four tensors and no more in the weights file, the table beside it, ours under metadata; no pickle."""
-    assert sorted(f.name for f in saved.iterdir()) == ["cfg.json", "sae_weights.safetensors", "token_lookup.safetensors"]
-    weights, cfg = load_file(saved / "sae_weights.safetensors"), json.loads((saved / "cfg.json").read_text())
-    assert {k: list(v.shape) for k, v in weights.items()} == {"W_enc": [6, 10], "b_enc": [10], "W_dec": [10, 6], "b_dec": [6]}
-    known = {"d_in", "d_sae", "dtype", "device", "apply_b_dec_to_input", "normalize_activations", "reshape_activations", "architecture",
-             "metadata", "k", "rescale_acts_by_decoder_norm"}
-    assert set(cfg) == known and cfg["metadata"]["tokenized"]["note"] == "kept" and cfg["metadata"]["sae_lens_version"].startswith("6.")
+    assert sorted(f.name for f in saved.iterdir()) == [
+        "cfg.json",
+        "sae_weights.safetensors",
+        "token_lookup.safetensors",
+    ]
+    weights, cfg = (
+        load_file(saved / "sae_weights.safetensors"),
+        json.loads((saved / "cfg.json").read_text()),
+    )
+    assert {k: list(v.shape) for k, v in weights.items()} == {
+        "W_enc": [6, 10],
+        "b_enc": [10],
+        "W_dec": [10, 6],
+        "b_dec": [6],
+    }
+    known = {
+        "d_in",
+        "d_sae",
+        "dtype",
+        "device",
+        "apply_b_dec_to_input",
+        "normalize_activations",
+        "reshape_activations",
+        "architecture",
+        "metadata",
+        "k",
+        "rescale_acts_by_decoder_norm",
+    }
+    assert (
+        set(cfg) == known
+        and cfg["metadata"]["tokenized"]["note"] == "kept"
+        and cfg["metadata"]["sae_lens_version"].startswith("6.")
+    )
 
 
 def test_half_precision(tmp_path):

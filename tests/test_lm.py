@@ -42,13 +42,21 @@ def test_bf16_activations_are_close(any_folder):
 def test_the_faster_gelu_is_the_same_function(lm, gpt2_folder):
     plain = AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.float32).eval()
     ids = torch.randint(lm.n_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
-    kinds = [{type(m).__name__ for m in model.modules() if "GELU" in type(m).__name__} for model in (plain, lm.model)]
+    kinds = [
+        {type(m).__name__ for m in model.modules() if "GELU" in type(m).__name__}
+        for model in (plain, lm.model)
+    ]
     assert kinds == [{"NewGELUActivation"}, {"GELU"}]
     with torch.no_grad():
         assert torch.allclose(plain(ids).logits, lm.model(ids).logits, atol=1e-4)
     x = torch.linspace(-6, 6, 1001)
-    acts = [next(m for m in model.modules() if "GELU" in type(m).__name__)(x) for model in (plain, lm.model)]
-    assert torch.allclose(*acts, atol=1e-6) and not torch.allclose(acts[1], torch.nn.functional.gelu(x), atol=1e-4), "not the other GELU"
+    acts = [
+        next(m for m in model.modules() if "GELU" in type(m).__name__)(x)
+        for model in (plain, lm.model)
+    ]
+    assert torch.allclose(*acts, atol=1e-6) and not torch.allclose(
+        acts[1], torch.nn.functional.gelu(x), atol=1e-4
+    ), "not the other GELU"
 
 
 def test_the_pass_stops_at_the_hook(lm):
@@ -77,11 +85,15 @@ def test_positions_can_be_moved(any_folder):
     lm = tu.load_lm(any_folder, device="cpu", bf16=False)
     ids, other = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[3, 5, 6, 7]])
     plain = lm.activations(ids, [2])[2]
-    assert torch.allclose(plain, lm.activations(ids, [2], positions_RL=torch.arange(4)[None])[2], atol=1e-5)
+    assert torch.allclose(
+        plain, lm.activations(ids, [2], positions_RL=torch.arange(4)[None])[2], atol=1e-5
+    )
     jump = torch.tensor([[0, 8, 9, 10]])
     moved = lm.activations(ids, [2], positions_RL=jump)[2]
     assert not torch.allclose(plain, moved, atol=1e-4)
-    assert not torch.allclose(moved[:, 3], lm.activations(other, [2], positions_RL=jump)[2][:, 3], atol=1e-5), "BOS is still seen"
+    assert not torch.allclose(
+        moved[:, 3], lm.activations(other, [2], positions_RL=jump)[2][:, 3], atol=1e-5
+    ), "BOS is still seen"
 
 
 def test_blocks_before_the_hook_are_not_run_again(lm):
@@ -104,17 +116,33 @@ def test_patching_at_a_position_leaves_earlier_predictions(lm):
 
 def test_token_rows(lm):
     rows = tu.token_rows(["w2 w3 w4", "w5", "w6 w7 w8 w9"], lm, 4)
-    assert rows.tolist() == [[0, 2, 3, 4], [0, 1, 5, 1], [0, 6, 7, 8]], "BOS first, documents joined by EOS, the rest dropped"
-    assert tu.keep_mask(rows, lm).tolist() == [[False, True, True, True], [False, False, True, False], [False, True, True, True]]
+    assert rows.tolist() == [[0, 2, 3, 4], [0, 1, 5, 1], [0, 6, 7, 8]], (
+        "BOS first, documents joined by EOS, the rest dropped"
+    )
+    assert tu.keep_mask(rows, lm).tolist() == [
+        [False, True, True, True],
+        [False, False, True, False],
+        [False, True, True, True],
+    ]
     assert tu.keep_mask(rows, lm, include_bos=True).all()
-    assert tu.keep_mask(torch.tensor([[5, 6]]), lm).tolist() == [[False, True]], "position 0 never counts, whatever stands there"
+    assert tu.keep_mask(torch.tensor([[5, 6]]), lm).tolist() == [[False, True]], (
+        "position 0 never counts, whatever stands there"
+    )
 
 
-@pytest.mark.parametrize(("special", "bos", "separator"), [
-    ({"bos_token": "<s>", "eos_token": "</s>", "padding_side": "left", "pad_token": "</s>"}, 0, 1),
-    ({"eos_token": "</s>"}, 1, 1),
-    ({}, 0, 0),
-], ids=["pads left", "no BOS", "neither"])
+@pytest.mark.parametrize(
+    ("special", "bos", "separator"),
+    [
+        (
+            {"bos_token": "<s>", "eos_token": "</s>", "padding_side": "left", "pad_token": "</s>"},
+            0,
+            1,
+        ),
+        ({"eos_token": "</s>"}, 1, 1),
+        ({}, 0, 0),
+    ],
+    ids=["pads left", "no BOS", "neither"],
+)
 def test_rows_do_not_depend_on_the_tokenizers_habits(tmp_path, special, bos, separator):
     lm = tu.load_lm(save_model(tmp_path / "m"), device="cpu")
     from conftest import word_tokenizer
@@ -133,7 +161,9 @@ def test_last_tokens():
 
 def test_stream_keeps_activations_with_their_tokens(lm, rows):
     """Layer 0 of a model without context: the activation follows from token and position, so shuffling must not part them."""
-    stream = tu.ActivationStream(lm, rows, "blocks.0.hook_resid_pre", batch_size=64, buffer_tokens=512, order=2)
+    stream = tu.ActivationStream(
+        lm, rows, "blocks.0.hook_resid_pre", batch_size=64, buffer_tokens=512, order=2
+    )
     E, P = lm.model.transformer.wte.weight, lm.model.transformer.wpe.weight
     states = E[:, None] + P[None, :16]
     states = states - states.mean(-1, keepdim=True)  # [V, L, D]
@@ -145,7 +175,14 @@ def test_stream_keeps_activations_with_their_tokens(lm, rows):
 
 def test_stream_is_fixed_by_its_seed_and_covers_the_rows(lm, rows):
     def first(seed):
-        return [t for _, (_, t) in zip(range(30), tu.ActivationStream(lm, rows, "blocks.1.hook_resid_pre", 32, 256, seed), strict=False)]
+        return [
+            t
+            for _, (_, t) in zip(
+                range(30),
+                tu.ActivationStream(lm, rows, "blocks.1.hook_resid_pre", 32, 256, seed),
+                strict=False,
+            )
+        ]
 
     assert all(torch.equal(a, b) for a, b in zip(first(0), first(0), strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(first(0), first(1), strict=True))
@@ -155,7 +192,9 @@ def test_stream_is_fixed_by_its_seed_and_covers_the_rows(lm, rows):
 
 def test_the_buffer_follows_the_configured_context(lm, rows):
     """Defect 8: the buffer was sized from the model's context."""
-    stream = tu.ActivationStream(lm, rows, "blocks.1.hook_resid_pre", batch_size=32, buffer_tokens=256)
+    stream = tu.ActivationStream(
+        lm, rows, "blocks.1.hook_resid_pre", batch_size=32, buffer_tokens=256
+    )
     assert stream.rows_per_buffer == 256 // 16 and len(stream.x) == 256
 
 

@@ -26,7 +26,13 @@ class Fixed(tu.TSAE):
         self.function = function
 
     def forward(self, x, tokens):
-        return tu.TSAEOutput(self.function(x), torch.ones(len(x)), torch.ones(1, dtype=torch.bool), torch.zeros(()), torch.zeros(()))
+        return tu.TSAEOutput(
+            self.function(x),
+            torch.ones(len(x)),
+            torch.ones(1, dtype=torch.bool),
+            torch.zeros(()),
+            torch.zeros(()),
+        )
 
 
 def test_reconstruction_error_by_hand():
@@ -43,7 +49,9 @@ def test_perfect_and_zero_reconstruction(evaluator):
     assert perfect["nmse"] == 0 and perfect["ce_added"] == pytest.approx(0, abs=1e-4)
     assert perfect["ce_recovered"] == pytest.approx(1, abs=1e-4)
     assert zero["nmse"] == 1 and zero["ce_recovered"] == pytest.approx(0, abs=1e-6)
-    assert zero["ce_added"] == pytest.approx((evaluator.ce_zero - evaluator.ce_clean) / evaluator.ce_clean)
+    assert zero["ce_added"] == pytest.approx(
+        (evaluator.ce_zero - evaluator.ce_clean) / evaluator.ce_clean
+    )
 
 
 def test_fvu_of_the_mean_is_one(evaluator):
@@ -57,7 +65,9 @@ def test_l0_and_vectors_per_token(evaluator):
     sae.lookup = tu.TokenLookup(torch.zeros(64, 32))
     tokenized = evaluator(sae)
     assert 0 < plain["l0"] <= 5 and plain["vectors_per_token"] == plain["l0"]
-    assert tokenized["vectors_per_token"] == tokenized["l0"] + 1, "the table's row is a decoder vector too"
+    assert tokenized["vectors_per_token"] == tokenized["l0"] + 1, (
+        "the table's row is a decoder vector too"
+    )
     assert tokenized["ce_added"] == plain["ce_added"]
 
 
@@ -67,10 +77,17 @@ def test_bos_and_separators_are_left_out(lm, rows):
     ids = rows[:20].long()
     assert evaluator.keep.sum() == ((ids > 1).sum()) and len(evaluator.x_BD) == evaluator.keep.sum()
     losses = lm.losses(ids)
-    by_hand = [losses[r, i].item() for r in range(20) for i in range(ids.shape[1] - 1) if ids[r, i] > 1 and ids[r, i + 1] > 1]
+    by_hand = [
+        losses[r, i].item()
+        for r in range(20)
+        for i in range(ids.shape[1] - 1)
+        if ids[r, i] > 1 and ids[r, i + 1] > 1
+    ]
     assert evaluator.ce_clean == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
     paper = tu.Evaluator(lm, rows[:20], HOOK, include_bos=True)
-    assert len(paper.x_BD) == ids.numel() and paper.ce_clean == pytest.approx(losses.mean().item(), rel=1e-5)
+    assert len(paper.x_BD) == ids.numel() and paper.ce_clean == pytest.approx(
+        losses.mean().item(), rel=1e-5
+    )
 
 
 def test_cross_entropy_by_hand(lm):

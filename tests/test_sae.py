@@ -23,9 +23,15 @@ def random_sae(d_in=6, d_sae=10, k=3, vocab=None, seed=0, **kwargs) -> tu.TSAE:
     return sae
 
 
-def naive(sae: tu.TSAE, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+def naive(
+    sae: tu.TSAE, x: torch.Tensor, tokens: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(x_hat, dense activations, penalties) by the equations, dense and differentiable, as in training."""
-    projected, norms, penalty = (x - sae.b_dec) @ sae.W_enc_FD.T, sae.W_dec.norm(dim=-1), x.new_zeros(())
+    projected, norms, penalty = (
+        (x - sae.b_dec) @ sae.W_enc_FD.T,
+        sae.W_dec.norm(dim=-1),
+        x.new_zeros(()),
+    )
     table = 0 if sae.lookup is None else sae.lookup.W[tokens[:, -1]]
     match sae.cfg.activation:
         case "topk":
@@ -33,21 +39,35 @@ def naive(sae: tu.TSAE, x: torch.Tensor, tokens: torch.Tensor) -> tuple[torch.Te
             acts = torch.zeros_like(projected).scatter(-1, index, values.relu())
         case "batchtopk":
             values, index = (projected + sae.b_enc).flatten().topk(sae.cfg.k * len(x))
-            acts = torch.zeros_like(projected).flatten().scatter(-1, index, values.relu()).view_as(projected)
+            acts = (
+                torch.zeros_like(projected)
+                .flatten()
+                .scatter(-1, index, values.relu())
+                .view_as(projected)
+            )
         case "relu":
             acts = (projected + sae.b_enc).relu()
             penalty = (acts * norms).sum(-1).mean()
         case "gated":
             gate = projected + sae.b_gate
             acts = (projected * sae.r_mag.exp() + sae.b_mag).relu() * (gate > 0)
-            frozen = gate.relu() @ sae.W_dec.detach() + sae.b_dec.detach() + (table if sae.lookup is None else table.detach())
-            penalty = (gate.relu() * norms.detach()).sum(-1).mean() + (x - frozen).square().sum(-1).mean()
+            frozen = (
+                gate.relu() @ sae.W_dec.detach()
+                + sae.b_dec.detach()
+                + (table if sae.lookup is None else table.detach())
+            )
+            penalty = (gate.relu() * norms.detach()).sum(-1).mean() + (x - frozen).square().sum(
+                -1
+            ).mean()
     return acts @ sae.W_dec + sae.b_dec + table, acts, penalty
 
 
 def test_by_hand():
     """Two features in two dimensions, k = 1, every number worked out on paper."""
-    sae = tu.TSAE(tu.TSAEConfig(d_in=2, d_sae=2, k=1), tu.TokenLookup(torch.tensor([[10.0, 0.0], [0.0, 20.0]])))
+    sae = tu.TSAE(
+        tu.TSAEConfig(d_in=2, d_sae=2, k=1),
+        tu.TokenLookup(torch.tensor([[10.0, 0.0], [0.0, 20.0]])),
+    )
     with torch.no_grad():
         sae.W_enc_FD.copy_(torch.tensor([[1.0, 0.0], [0.0, 2.0]]))
         sae.W_dec.copy_(torch.tensor([[3.0, 0.0], [0.0, 4.0]]))
@@ -55,7 +75,11 @@ def test_by_hand():
         sae.b_dec.copy_(torch.tensor([1.0, 1.0]))
     out = sae(torch.tensor([[3.0, 1.5], [1.0, 4.0]]), torch.tensor([[0], [1]]))
     # x - b_dec = (2, .5), (0, 3); pre = (2.5, 1), (.5, 6); kept 2.5 of feature 0, 6 of feature 1
-    assert out.l0.tolist() == [1, 1] and out.fired.tolist() == [True, True] and out.sparsity == out.auxiliary == 0
+    assert (
+        out.l0.tolist() == [1, 1]
+        and out.fired.tolist() == [True, True]
+        and out.sparsity == out.auxiliary == 0
+    )
     assert out.x_hat.tolist() == [[2.5 * 3 + 1 + 10, 1.0], [1.0, 6.0 * 4 + 1 + 20]]
 
 
@@ -72,10 +96,20 @@ def test_negative_pre_activations_do_not_count():
 
 
 @settings(max_examples=120, deadline=None)
-@given(st.sampled_from(tu.ACTIVATIONS), st.integers(1, 9), st.integers(1, 12), st.integers(1, 8), st.data())
+@given(
+    st.sampled_from(tu.ACTIVATIONS),
+    st.integers(1, 9),
+    st.integers(1, 12),
+    st.integers(1, 8),
+    st.data(),
+)
 def test_every_activation_equals_the_naive_one(activation, d_in, d_sae, batch, data):
     """Forward, penalties and every gradient in fp64, k from 1 to d_sae, with and without a table."""
-    k, seed, vocab = data.draw(st.integers(1, d_sae)), data.draw(st.integers(0, 1000)), data.draw(st.sampled_from([None, 5]))
+    k, seed, vocab = (
+        data.draw(st.integers(1, d_sae)),
+        data.draw(st.integers(0, 1000)),
+        data.draw(st.sampled_from([None, 5])),
+    )
     sae = random_sae(d_in, d_sae, k, vocab, seed, activation=activation).double()
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(batch, d_in, generator=generator, dtype=torch.float64).requires_grad_()
@@ -85,31 +119,54 @@ def test_every_activation_equals_the_naive_one(activation, d_in, d_sae, batch, d
     with pytest.MonkeyPatch.context() as patch:  # a few rows at a time, as at real widths
         patch.setattr(tu, "CPU_ROWS", data.draw(st.integers(1, 8)))
         out = sae(x, tokens)
-    fast = torch.autograd.grad((out.x_hat * weights).sum() + out.sparsity + out.auxiliary, parameters)
+    fast = torch.autograd.grad(
+        (out.x_hat * weights).sum() + out.sparsity + out.auxiliary, parameters
+    )
     x_hat, acts, penalty = naive(sae, x, tokens)
     slow = torch.autograd.grad((x_hat * weights).sum() + penalty, parameters)
-    assert torch.allclose(out.x_hat, x_hat) and torch.allclose(out.sparsity + out.auxiliary, penalty)
-    assert torch.equal(out.l0.long(), (acts > 0).sum(-1)) and torch.equal(out.fired, (acts > 0).any(0))
+    assert torch.allclose(out.x_hat, x_hat) and torch.allclose(
+        out.sparsity + out.auxiliary, penalty
+    )
+    assert torch.equal(out.l0.long(), (acts > 0).sum(-1)) and torch.equal(
+        out.fired, (acts > 0).any(0)
+    )
     for name, a, b in zip(["x", *dict(sae.named_parameters())], fast, slow, strict=True):
         assert torch.allclose(a, b), name
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 5), st.integers(1, 1500), st.integers(1, 40), st.sampled_from([3, 100]), st.integers(0, 1000), st.data())
+@given(
+    st.integers(1, 5),
+    st.integers(1, 1500),
+    st.integers(1, 40),
+    st.sampled_from([3, 100]),
+    st.integers(0, 1000),
+    st.data(),
+)
 def test_top_k_in_groups_is_exact(batch, width, k, levels, seed, data):
     """Values equal torch.topk's, indices are distinct and point at them; few levels make ties, also at the edge."""
     width *= data.draw(st.sampled_from([1, 8, 64]))
     k = min(k, width)
-    pre = torch.randint(levels, (batch, width), generator=torch.Generator().manual_seed(seed)).float()
+    pre = torch.randint(
+        levels, (batch, width), generator=torch.Generator().manual_seed(seed)
+    ).float()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tu, "WIDE", 0)
         values, index = tu.top_k(pre, k)
     assert torch.equal(values.sort(descending=True).values, pre.topk(k).values)
-    assert torch.equal(pre.gather(1, index), values) and all(len(set(row)) == k for row in index.tolist())
+    assert torch.equal(pre.gather(1, index), values) and all(
+        len(set(row)) == k for row in index.tolist()
+    )
 
 
 @settings(max_examples=100, deadline=None)
-@given(st.integers(1, 4), st.sampled_from([40, 1000, 2048, 4096]), st.integers(1, 40), st.floats(-3, 3), st.integers(0, 1000))
+@given(
+    st.integers(1, 4),
+    st.sampled_from([40, 1000, 2048, 4096]),
+    st.integers(1, 40),
+    st.floats(-3, 3),
+    st.integers(0, 1000),
+)
 def test_bf16_is_sorted_by_its_bits(batch, width, k, shift, seed):
     """What ReLU leaves is what it leaves of torch.topk: few positive ones, none, zeros of both signs, infinity."""
     g = torch.Generator().manual_seed(seed)
@@ -117,7 +174,9 @@ def test_bf16_is_sorted_by_its_bits(batch, width, k, shift, seed):
     pre[:, 0], pre[:, 1], pre[0, 2] = 0.0, -0.0, float("inf")
     values, index = tu._largest_positive(pre, k)
     assert torch.equal(values.relu().sort(descending=True).values, pre.topk(k).values.relu())
-    assert torch.equal(pre.gather(1, index), values) and all(len(set(row)) == k for row in index.tolist())
+    assert torch.equal(pre.gather(1, index), values) and all(
+        len(set(row)) == k for row in index.tolist()
+    )
 
 
 def test_a_batch_without_an_active_feature_has_its_gradients():
@@ -129,23 +188,35 @@ def test_a_batch_without_an_active_feature_has_its_gradients():
     out = sae(x, tokens)
     out.x_hat.sum().backward()
     assert out.l0.tolist() == [0] * 5 and torch.equal(out.x_hat, sae.b_dec.expand(5, 6))
-    assert torch.equal(sae.b_dec.grad, torch.full((6,), 5.0)) and not any(p.grad.any() for p in (sae.W_dec, sae.W_enc_FD, sae.b_enc))
+    assert torch.equal(sae.b_dec.grad, torch.full((6,), 5.0)) and not any(
+        p.grad.any() for p in (sae.W_dec, sae.W_enc_FD, sae.b_enc)
+    )
 
 
 def test_gradients_can_be_taken_twice():
     sae = random_sae(6, 20, 4)
     out = sae(torch.randn(5, 6), torch.zeros(5, 1, dtype=torch.long)).x_hat.square().sum()
-    once, again = (torch.autograd.grad(out, list(sae.parameters()), retain_graph=True) for _ in range(2))
+    once, again = (
+        torch.autograd.grad(out, list(sae.parameters()), retain_graph=True) for _ in range(2)
+    )
     assert all(torch.equal(a, b) for a, b in zip(once, again, strict=True))
 
 
-@pytest.mark.parametrize("width, k, still", [(tu.WIDE - 16, 8, [tu.WIDE - 16]), (tu.WIDE, 8, [64, 128]), (12288, 16, [192, 128, 128])])
+@pytest.mark.parametrize(
+    "width, k, still",
+    [(tu.WIDE - 16, 8, [tu.WIDE - 16]), (tu.WIDE, 8, [64, 128]), (12288, 16, [192, 128, 128])],
+)
 def test_a_wide_sae_takes_its_top_in_groups(width, k, still, monkeypatch):
     """What torch.topk still has to sort: the maxima of the groups, then their members; against the naive one in fp64."""
     sae, g, widths = random_sae(4, width, k).double(), torch.Generator().manual_seed(0), []
-    x, tokens = torch.randn(6, 4, generator=g, dtype=torch.float64), torch.zeros(6, 1, dtype=torch.long)
+    x, tokens = (
+        torch.randn(6, 4, generator=g, dtype=torch.float64),
+        torch.zeros(6, 1, dtype=torch.long),
+    )
     plain = torch.Tensor.topk
-    monkeypatch.setattr(torch.Tensor, "topk", lambda t, *a, **k: (widths.append(t.shape[-1]), plain(t, *a, **k))[1])
+    monkeypatch.setattr(
+        torch.Tensor, "topk", lambda t, *a, **k: (widths.append(t.shape[-1]), plain(t, *a, **k))[1]
+    )
     out = sae(x, tokens)
     assert widths == still
     monkeypatch.undo()
@@ -156,7 +227,10 @@ def test_a_wide_sae_takes_its_top_in_groups(width, k, still, monkeypatch):
 def test_the_encoder_laid_out_once_gives_the_plain_product(width):
     """bf16: one rounding of the sum in fp32, whatever the number of rows."""
     g = torch.Generator().manual_seed(0)
-    W, b = torch.randn(width, 32, generator=g).bfloat16(), torch.randn(width, generator=g).bfloat16()
+    W, b = (
+        torch.randn(width, 32, generator=g).bfloat16(),
+        torch.randn(width, generator=g).bfloat16(),
+    )
     encode = tu._encoder(W, b)
     for rows in (1, 7, tu.CPU_ROWS):
         x = torch.randn(rows, 32, generator=g).bfloat16()
@@ -173,8 +247,12 @@ def test_bf16_is_close_and_for_training_only(activation):
     sae.bf16 = True
     rough = sae.train()(x, tokens)
     assert rough.x_hat.dtype == torch.float32 and not torch.equal(rough.x_hat, exact.x_hat)
-    assert (rough.x_hat - exact.x_hat).norm() < (0.15 if "topk" in activation else 0.03) * exact.x_hat.norm()
-    assert torch.allclose(rough.sparsity, exact.sparsity, rtol=0.02) and torch.allclose(rough.auxiliary, exact.auxiliary, rtol=0.02)
+    assert (rough.x_hat - exact.x_hat).norm() < (
+        0.15 if "topk" in activation else 0.03
+    ) * exact.x_hat.norm()
+    assert torch.allclose(rough.sparsity, exact.sparsity, rtol=0.02) and torch.allclose(
+        rough.auxiliary, exact.auxiliary, rtol=0.02
+    )
     assert activation == "batchtopk" or torch.equal(sae.eval()(x, tokens).x_hat, inference.x_hat)
 
 
@@ -183,13 +261,17 @@ def test_batchtopk_spends_k_on_average_and_thresholds_afterwards():
     sae.threshold.zero_()
     x, tokens = torch.randn(500, 16, generator=g), torch.zeros(500, 1, dtype=torch.long)
     out = sae(x, tokens)
-    assert out.l0.sum() == 4 * 500 and out.l0.unique().numel() > 3, "k a token on average, not for each"
+    assert out.l0.sum() == 4 * 500 and out.l0.unique().numel() > 3, (
+        "k a token on average, not for each"
+    )
     assert torch.allclose(sae.threshold, sae.pre_activations(x).flatten().topk(2000).values[-1])
     assert abs(sae.eval()(x, tokens).l0.float().mean() - 4) < 0.1
     before = sae.threshold.clone()
     sae.train()(10 * x, tokens)
     lowest = sae.pre_activations(10 * x).flatten().topk(2000).values[-1]
-    assert torch.allclose(sae.threshold, 0.99 * before + 0.01 * lowest), "one batch moves it by a hundredth"
+    assert torch.allclose(sae.threshold, 0.99 * before + 0.01 * lowest), (
+        "one batch moves it by a hundredth"
+    )
 
 
 def test_batchtopk_with_fewer_positive_values_than_k():
@@ -222,11 +304,20 @@ def test_dead_features_model_the_error():
     assert sae.dead_features_error(x, x_hat, 2, 100) == 0, "nothing is dead"
     sae.tokens_since_fired[[1, 4, 6]] = 100
     values, index = sae.pre_activations(x)[:, [1, 4, 6]].topk(2)
-    modelled = torch.stack([(v.relu()[:, None] * sae.W_dec[[1, 4, 6]][i]).sum(0) for v, i in zip(values, index, strict=True)])
+    modelled = torch.stack(
+        [
+            (v.relu()[:, None] * sae.W_dec[[1, 4, 6]][i]).sum(0)
+            for v, i in zip(values, index, strict=True)
+        ]
+    )
     error = sae.dead_features_error(x, x_hat, 2, 100)
     assert torch.allclose(error, (x - x_hat - modelled).square().sum(-1).mean())
     error.backward()
-    assert sae.b_dec.grad is None and sae.W_dec.grad[[0, 2, 3, 5, 7]].abs().sum() == 0 and sae.W_dec.grad[[1, 4, 6]].abs().sum() > 0
+    assert (
+        sae.b_dec.grad is None
+        and sae.W_dec.grad[[0, 2, 3, 5, 7]].abs().sum() == 0
+        and sae.W_dec.grad[[1, 4, 6]].abs().sum() > 0
+    )
 
 
 def test_ties_keep_exactly_k():
@@ -268,7 +359,9 @@ def test_the_encoder_does_not_see_the_table():
     with torch.no_grad():
         b.lookup.W.mul_(3)
     x, tokens = torch.randn(20, 6), torch.randint(7, (20, 1))
-    assert torch.equal(a.encode(x), b.encode(x)) and torch.equal(a(x, tokens).fired, b(x, tokens).fired)
+    assert torch.equal(a.encode(x), b.encode(x)) and torch.equal(
+        a(x, tokens).fired, b(x, tokens).fired
+    )
     difference = b(x, tokens).x_hat - a(x, tokens).x_hat
     assert torch.allclose(difference, 2 * a.lookup.W[tokens[:, 0]], atol=1e-4)
 
@@ -280,7 +373,10 @@ def test_the_current_token_is_the_last_column():
 
 @pytest.mark.parametrize(("activation", "d_sae"), [("topk", 0), ("topk", 4), ("batchtopk", 4)])
 def test_k_zero_is_the_table_alone(activation, d_sae):
-    sae = tu.TSAE(tu.TSAEConfig(d_in=3, d_sae=d_sae, k=0, activation=activation), tu.TokenLookup(torch.randn(5, 3)))
+    sae = tu.TSAE(
+        tu.TSAEConfig(d_in=3, d_sae=d_sae, k=0, activation=activation),
+        tu.TokenLookup(torch.randn(5, 3)),
+    )
     out = sae(torch.randn(4, 3), torch.tensor([[0], [1], [2], [3]]))
     assert torch.equal(out.x_hat, sae.lookup.W[:4] + sae.b_dec) and out.l0.tolist() == [0] * 4
 
@@ -302,7 +398,9 @@ def test_initialisation():
     same, other = (tu.TSAE(tu.TSAEConfig(d_in=6, d_sae=10, k=2, seed=s)) for s in (0, 1))
     assert torch.equal(same.W_dec, sae.W_dec) and not torch.equal(other.W_dec, sae.W_dec)
     small = tu.TSAE(tu.TSAEConfig(d_in=6, d_sae=10, k=2, encoder_scale=0.5, decoder_init_norm=0.1))
-    assert torch.allclose(small.W_dec, 0.1 * sae.W_dec) and torch.allclose(small.W_enc, 0.1 * sae.W_enc)
+    assert torch.allclose(small.W_dec, 0.1 * sae.W_dec) and torch.allclose(
+        small.W_enc, 0.1 * sae.W_enc
+    )
 
 
 def test_firing_is_counted_in_tokens_and_travels_with_the_module():
@@ -326,7 +424,10 @@ def test_relu_loss_uses_the_coefficient_and_decoder_norms():
     x, tokens = torch.randn(4, 3), torch.zeros(4, 1, dtype=torch.long)
     out = sae(x, tokens)
     acts = sae.encode(x)
-    assert torch.allclose(out.sparsity, (acts * sae.W_dec.norm(dim=1)).sum(1).mean()) and out.sparsity > 0
+    assert (
+        torch.allclose(out.sparsity, (acts * sae.W_dec.norm(dim=1)).sum(1).mean())
+        and out.sparsity > 0
+    )
     cfg = tu.TrainConfig(lr=0.0, l1_warmup=0.5)
     row = tu._step_(sae, tu.optimisers_for(sae, cfg), cfg, x, tokens, 0.25, True)
     expected = (x - out.x_hat).square().sum(1).mean() + 0.7 * 0.5 * out.sparsity

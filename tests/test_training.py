@@ -24,7 +24,9 @@ class PlantedStream:
         self.generator = g
 
     def batch(self) -> tuple[torch.Tensor, torch.Tensor]:
-        tokens = torch.multinomial(self.p, self.batch_size, replacement=True, generator=self.generator)
+        tokens = torch.multinomial(
+            self.p, self.batch_size, replacement=True, generator=self.generator
+        )
         which = torch.rand(self.batch_size, FEATURES, generator=self.generator).topk(ACTIVE).indices
         size = 2 + torch.rand(self.batch_size, ACTIVE, generator=self.generator)
         x = (self.features[which] * size[..., None]).sum(1) + self.table[tokens]
@@ -37,27 +39,40 @@ class PlantedStream:
 
 def recovered(sae: tu.TSAE, stream: PlantedStream) -> float:
     """Share of true features with a decoder row of cosine above 0.9."""
-    return ((F.normalize(sae.W_dec, dim=-1) @ stream.features.T).amax(0) > 0.9).float().mean().item()
+    return (
+        ((F.normalize(sae.W_dec, dim=-1) @ stream.features.T).amax(0) > 0.9).float().mean().item()
+    )
 
 
 def nmses(saes: dict[str, tu.TSAE], stream: PlantedStream) -> dict[str, float]:
     """NMSE of every SAE on the same fresh activations."""
     x, t = (torch.cat(part) for part in zip(*(stream.batch() for _ in range(10)), strict=True))
     with torch.no_grad():
-        return {name: tu.reconstruction_error(x, sae(x, t).x_hat).nmse for name, sae in saes.items()}
+        return {
+            name: tu.reconstruction_error(x, sae(x, t).x_hat).nmse for name, sae in saes.items()
+        }
 
 
 def planted_saes() -> dict[str, tu.TSAE]:
     def make(width, table):  # twice as wide as the truth: exactly as wide gets stuck
-        return tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=width, k=ACTIVE), tu.TokenLookup(torch.zeros(V, D)) if table else None)
+        return tu.TSAE(
+            tu.TSAEConfig(d_in=D, d_sae=width, k=ACTIVE),
+            tu.TokenLookup(torch.zeros(V, D)) if table else None,
+        )
 
-    return {"sae": make(2 * FEATURES, False), "size-matched": make(2 * FEATURES + V, False), "tsae": make(2 * FEATURES, True)}
+    return {
+        "sae": make(2 * FEATURES, False),
+        "size-matched": make(2 * FEATURES + V, False),
+        "tsae": make(2 * FEATURES, True),
+    }
 
 
 @pytest.fixture(scope="module")
 def planted() -> tuple[dict[str, tu.TSAE], PlantedStream]:
     stream, saes = PlantedStream(with_table=True), planted_saes()
-    tu.train(saes, stream, tu.TrainConfig(tokens=1200 * 512, lr=3e-3, lr_lookup=5e-2), progress=False)
+    tu.train(
+        saes, stream, tu.TrainConfig(tokens=1200 * 512, lr=3e-3, lr_lookup=5e-2), progress=False
+    )
     return saes, stream
 
 
@@ -84,10 +99,18 @@ def test_null_world_gains_nothing():
     stream, saes = PlantedStream(with_table=False), {}
     for seed in range(3):
         cfg = tu.TSAEConfig(d_in=D, d_sae=2 * FEATURES, k=ACTIVE, seed=seed)
-        saes |= {f"sae {seed}": tu.TSAE(cfg), f"tsae {seed}": tu.TSAE(cfg, tu.TokenLookup(torch.zeros(V, D)))}
-    tu.train(saes, stream, tu.TrainConfig(tokens=1200 * 512, lr=3e-3, lr_lookup=5e-2), progress=False)
+        saes |= {
+            f"sae {seed}": tu.TSAE(cfg),
+            f"tsae {seed}": tu.TSAE(cfg, tu.TokenLookup(torch.zeros(V, D))),
+        }
+    tu.train(
+        saes, stream, tu.TrainConfig(tokens=1200 * 512, lr=3e-3, lr_lookup=5e-2), progress=False
+    )
     errors = nmses(saes, stream)
-    mean = {system: sum(errors[f"{system} {seed}"] for seed in range(3)) / 3 for system in ("sae", "tsae")}
+    mean = {
+        system: sum(errors[f"{system} {seed}"] for seed in range(3)) / 3
+        for system in ("sae", "tsae")
+    }
     assert mean["tsae"] > 0.95 * mean["sae"], errors
     for seed in range(3):
         assert recovered(saes[f"sae {seed}"], stream) > 0.8
@@ -98,9 +121,14 @@ def test_null_world_gains_nothing():
 def test_the_table_has_its_own_learning_rate():
     """Defect 3: outside TopK the table trained a hundred times slower."""
     for activation in tu.ACTIVATIONS:
-        sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=8, k=2, activation=activation), tu.TokenLookup(torch.zeros(V, D)))
+        sae = tu.TSAE(
+            tu.TSAEConfig(d_in=D, d_sae=8, k=2, activation=activation),
+            tu.TokenLookup(torch.zeros(V, D)),
+        )
         for by_rows in (False, True):
-            opts = tu.optimisers_for(sae, tu.TrainConfig(lr=1e-4, lr_lookup=1e-2, lookup_by_rows=by_rows))
+            opts = tu.optimisers_for(
+                sae, tu.TrainConfig(lr=1e-4, lr_lookup=1e-2, lookup_by_rows=by_rows)
+            )
             rates = {id(p): g["lr"] for opt in opts for g in opt.param_groups for p in g["params"]}
             assert rates[id(sae.lookup.W)] == 1e-2 and rates[id(sae.W_dec)] == 1e-4
             assert set(rates) == {id(p) for p in sae.parameters()}, "every parameter is trained"
@@ -117,8 +145,14 @@ def test_a_table_by_rows_moves_the_rows_of_the_batch_as_written():
 
     def trained(steps, by_rows):
         sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=0, k=0), tu.TokenLookup(torch.zeros(V, D)))
-        tu.train({"a": sae}, Fixed(True), tu.TrainConfig(tokens=512 * steps, lr=0.0, lr_lookup=0.1, lr_end=1.0, lookup_by_rows=by_rows),
-                 progress=False)
+        tu.train(
+            {"a": sae},
+            Fixed(True),
+            tu.TrainConfig(
+                tokens=512 * steps, lr=0.0, lr_lookup=0.1, lr_end=1.0, lookup_by_rows=by_rows
+            ),
+            progress=False,
+        )
         return sae.lookup.W.detach()
 
     b_dec, W = batches[0][0].mean(0), torch.zeros(V, D, dtype=torch.float64)
@@ -133,7 +167,9 @@ def test_a_table_by_rows_moves_the_rows_of_the_batch_as_written():
     assert torch.allclose(trained(3, True).double(), W, atol=1e-4)
     absent = [t for t in range(V) if t not in batches[2][1] and t in batches[1][1]]
     assert absent and torch.equal(trained(3, True)[absent], trained(2, True)[absent])
-    assert not torch.equal(trained(3, False)[absent], trained(2, False)[absent]), "Adam's momentum goes on"
+    assert not torch.equal(trained(3, False)[absent], trained(2, False)[absent]), (
+        "Adam's momentum goes on"
+    )
 
 
 def test_a_table_by_rows_is_an_ordinary_one_afterwards_and_not_half_of_a_shared_one():
@@ -145,7 +181,12 @@ def test_a_table_by_rows_is_an_ordinary_one_afterwards_and_not_half_of_a_shared_
     saes["a"](x, tokens).x_hat.sum().backward()
     assert not table.W.grad.is_sparse, "anyone's optimiser takes it"
     with pytest.raises(ValueError, match="shares its table with another SAE"):
-        tu.train(saes, PlantedStream(True), {"a": cfg, "b": tu.TrainConfig(tokens=512 * 2)}, progress=False)
+        tu.train(
+            saes,
+            PlantedStream(True),
+            {"a": cfg, "b": tu.TrainConfig(tokens=512 * 2)},
+            progress=False,
+        )
 
 
 def test_batchtopks_threshold_does_not_lag_in_a_short_run():
@@ -160,7 +201,9 @@ def test_batchtopks_threshold_does_not_lag_in_a_short_run():
 @pytest.mark.parametrize(("trainable", "moves"), [(True, True), (False, False)])
 def test_the_table_is_trained_unless_frozen(trainable, moves):
     """Defect 1: frozen by a constructor default."""
-    sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=8, k=2), tu.TokenLookup(torch.zeros(V, D), trainable=trainable))
+    sae = tu.TSAE(
+        tu.TSAEConfig(d_in=D, d_sae=8, k=2), tu.TokenLookup(torch.zeros(V, D), trainable=trainable)
+    )
     tu.train({"a": sae}, PlantedStream(True), tu.TrainConfig(tokens=512 * 3), progress=False)
     assert bool(sae.lookup.W.abs().sum() > 0) == moves
     assert isinstance(sae.train(), tu.TSAE), "nn.Module.train is not shadowed (defect 7)"
@@ -169,8 +212,13 @@ def test_the_table_is_trained_unless_frozen(trainable, moves):
 @pytest.mark.parametrize("activation", tu.ACTIVATIONS)
 def test_training_together_equals_training_alone(activation):
     """SAEs on one stream do not influence each other."""
+
     def make(seed):
-        return tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=16, k=2, seed=seed, activation=activation, l1_coefficient=0.1))
+        return tu.TSAE(
+            tu.TSAEConfig(
+                d_in=D, d_sae=16, k=2, seed=seed, activation=activation, l1_coefficient=0.1
+            )
+        )
 
     together, alone = {"a": make(0), "b": make(1)}, {"b": make(1)}
     cfg = tu.TrainConfig(tokens=512 * 20)
@@ -182,8 +230,12 @@ def test_training_together_equals_training_alone(activation):
 
 def test_l1_raises_sparsity():
     def l0(coefficient):
-        sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=64, k=0, activation="relu", l1_coefficient=coefficient))
-        return tu.train({"a": sae}, PlantedStream(False), tu.TrainConfig(tokens=512 * 150), progress=False)[-1]["l0"]
+        sae = tu.TSAE(
+            tu.TSAEConfig(d_in=D, d_sae=64, k=0, activation="relu", l1_coefficient=coefficient)
+        )
+        return tu.train(
+            {"a": sae}, PlantedStream(False), tu.TrainConfig(tokens=512 * 150), progress=False
+        )[-1]["l0"]
 
     assert l0(3.0) < 0.7 * l0(0.01)
 
@@ -193,15 +245,21 @@ def test_history_and_learning_rate():
     saes = planted_saes()
     history = tu.train(saes, stream, tu.TrainConfig(tokens=512 * 45), log_every=20, progress=False)
     assert [r["step"] for r in history if r["system"] == "sae"] == [0, 20, 40, 44]
-    assert {r["system"] for r in history} == set(saes) and all(r["tokens"] == (r["step"] + 1) * 512 for r in history)
+    assert {r["system"] for r in history} == set(saes) and all(
+        r["tokens"] == (r["step"] + 1) * 512 for r in history
+    )
     first, last = ([r for r in history if r["system"] == "tsae"][i] for i in (0, -1))
     assert last["loss"] < first["loss"] and last["seconds"] > first["seconds"]
 
 
 def test_a_run_is_reproducible(lm, rows):
     """Defect 6: seeds. The same seeds give the same weights, bit for bit; another stream seed does not."""
+
     def run(seed):
-        sae = tu.TSAE(tu.TSAEConfig(d_in=32, d_sae=64, k=4), tu.TokenLookup(tu.unigram_activations(lm, "blocks.1.hook_resid_pre")))
+        sae = tu.TSAE(
+            tu.TSAEConfig(d_in=32, d_sae=64, k=4),
+            tu.TokenLookup(tu.unigram_activations(lm, "blocks.1.hook_resid_pre")),
+        )
         stream = tu.ActivationStream(lm, rows, "blocks.1.hook_resid_pre", 64, 512, seed)
         tu.train({"a": sae}, stream, tu.TrainConfig(tokens=64 * 12), progress=False)
         return sae.W_dec.detach()
@@ -220,6 +278,9 @@ def test_biases_start_where_asked(activation, table):
     tu._start_(sae, tu.TrainConfig(start_l0=4), x, tokens)
     sae.bf16 = False
     out, acts = sae(x, tokens), sae.encode(x)
-    assert out.l0.float().mean() == pytest.approx(4, abs=0.1) and ((acts > 0).sum(0) - 100).abs().max() <= 1  # the lowest sits at zero
+    assert (
+        out.l0.float().mean() == pytest.approx(4, abs=0.1)
+        and ((acts > 0).sum(0) - 100).abs().max() <= 1
+    )  # the lowest sits at zero
     tu._start_(sae, tu.TrainConfig(start_l0=1000), x, tokens)
     assert (sae.encode(x) > 0).float().mean() > 0.99, "more than there are: all of them"

@@ -1,0 +1,99 @@
+"""Common n-grams and the features that respond to them (figure 4).
+
+Axes: G n-grams, n tokens per n-gram, D d_in, F d_sae, C chosen features, T n-grams kept per feature.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from features import Text
+from lab import tu
+from torch import Tensor
+
+
+class Ngrams(NamedTuple):
+    """The commonest n-grams of one order, commonest first."""
+
+    tokens: Tensor  # [G, n]
+    counts: np.ndarray  # [G], occurrences in the training text
+    x: Tensor  # [G, D], the residual stream at the last token of [BOS, n-gram]
+
+
+class Responses(NamedTuple):
+    """How the features of an SAE respond to the n-grams of one order."""
+
+    feature: Tensor  # [G], the feature of each n-gram
+    predicted: Tensor  # [T, F], the n-grams that activate a feature most; -1 where too few do
+    fires: Tensor  # [F], the number of n-grams on which a feature fires
+
+
+@torch.no_grad()
+def responses(sae: tu.TSAE, x_GD: Tensor, top: int = 5) -> Responses:
+    """Responses to n-grams.
+
+    The feature of an n-gram is the one whose activation most exceeds its mean over all n-grams.
+    """
+    mean_F = sum(sae.encode(part).sum(0) for part in x_GD.split(2048)).cpu() / len(x_GD)
+    feature, fires_F = [], torch.zeros(sae.cfg.d_sae)
+    best_TF = torch.zeros(top, sae.cfg.d_sae)
+    predicted_TF = torch.full((top, sae.cfg.d_sae), -1)
+    for start in range(0, len(x_GD), 2048):
+        acts = sae.encode(x_GD[start : start + 2048]).cpu()
+        feature.append((acts - mean_F).argmax(-1))
+        fires_F += (acts > 0).sum(0)
+        # the best n-grams of this part compete with the best so far
+        values, places = acts.topk(min(top, len(acts)), dim=0)
+        best_TF, order = torch.cat([best_TF, values]).topk(top, dim=0)
+        predicted_TF = torch.cat([predicted_TF, places + start]).gather(0, order)
+    predicted_TF = torch.where(best_TF > 0, predicted_TF, -1)
+    return Responses(torch.cat(feature), predicted_TF, fires_F)
+
+
+@torch.no_grad()
+def observed(
+    sae: tu.TSAE, text: Text, tokens_Gn: Tensor, bos_id: int, chosen_C: Tensor, top: int = 5
+) -> Tensor:
+    """The n-grams of the text on which a feature's activations have the largest sum [T, C].
+
+    They are given as row numbers of `tokens_Gn`; -1 stands for an n-gram that is not in it.
+    """
+    tokens_Pn = tu.last_tokens(text.ids, tokens_Gn.shape[1], bos_id)[text.keep]
+    kinds, kind = torch.unique(torch.cat([tokens_Gn, tokens_Pn]), dim=0, return_inverse=True)
+    kind_G, kind_P = kind[: len(tokens_Gn)], kind[len(tokens_Gn) :]
+    common = torch.full((len(kinds),), -1)
+    common.scatter_(0, kind_G, torch.arange(len(tokens_Gn)))
+    parts = []
+    for features in chosen_C.split(1024):  # sums of all n-grams and features would not fit
+        total = torch.zeros(len(kinds), len(features))
+        for x, k in zip(text.x.split(4096), kind_P.split(4096), strict=True):
+            total.index_add_(0, k, sae.encode(x)[:, features.to(x.device)].cpu())
+        values, places = total.topk(min(top, len(kinds)), dim=0)
+        parts.append(torch.where(values > 0, common[places], -1))
+    return torch.cat(parts, 1)
+
+
+def likeness(unit_GD: Tensor, feature_G: Tensor) -> np.ndarray:
+    """Mean cosine within each group of n-grams that share a feature [groups].
+
+    `unit_GD` holds unit vectors. An n-gram that shares its feature with no other is left out.
+    """
+    cosines = []
+    for feature in torch.unique(feature_G):
+        group = unit_GD[feature_G == feature]
+        size = len(group)
+        if size > 1:
+            cosines.append(((group @ group.T).sum() - size).item() / (size * (size - 1)))
+    return np.array(cosines)
+
+
+def logistic_slope(x: np.ndarray, y: np.ndarray) -> float:
+    """Slope of the logit of y (0 or 1) on x, by Newton's method with a ridge of 1e-6."""
+    inputs, b = np.column_stack([np.ones_like(x), x]), np.zeros(2)
+    for _ in range(25):
+        p = 1 / (1 + np.exp(-np.clip(inputs @ b, -30, 30)))
+        curvature = (inputs * (p * (1 - p))[:, None]).T @ inputs + 1e-6 * np.eye(2)
+        b += np.linalg.solve(curvature, inputs.T @ (y - p) - 1e-6 * b)
+    return b[1]
