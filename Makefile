@@ -1,59 +1,70 @@
-# The commands of the README. PROFILE=mini|smoke|record|gpt2-lite|gpt2|pythia; PYTHON=python3.12 to choose an interpreter.
+# The README's commands. PROFILE=mini|smoke|record|gpt2-lite|gpt2|pythia; PYTHON=python3.12 chooses
+# an interpreter; NB=06 picks one notebook of a record.
 PROFILE ?= $(or $(TSAE_PROFILE),mini)
 PYTHON ?= python3
 NB ?=
 PY := .venv/bin/python
+PEERS := .venv-peers/bin/python
+RUN := $(PY) tools/run_notebooks.py
 
-.PHONY: figures redraw record readme verify test kill testbed saes bench saelens clean
+.PHONY: help figures redraw replay record docs verify test test-resume test-saelens testbed \
+	export-saes bench clean
+
+help:                       ## this list
+	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s:
 
 figures: .venv/ready        ## every notebook; writes figures/$(PROFILE)/
-	$(PY) notebooks/run.py --profile $(PROFILE)
+	$(RUN) --profile $(PROFILE)
 
 fig%: .venv/ready           ## one notebook by its number: make fig6
-	$(PY) notebooks/run.py $* --profile $(PROFILE)
+	$(RUN) $* --profile $(PROFILE)
 
-redraw: .venv/ready         ## figures/record/ again from its CSVs
-	$(PY) notebooks/run.py --redraw
+redraw: .venv/ready         ## the committed figures and verdicts again from their CSVs
+	$(RUN) --redraw
 
-record: .venv/ready         ## hours on two cores; resumes; NB=06 for one notebook
-	$(PY) notebooks/run.py --record $(NB)
+replay: .venv/ready         ## redraw, and keep the executed notebooks
+	$(RUN) --redraw --keep
 
-test: .venv/ready           ## lint, unit tests, every notebook at smoke
+record: .venv/ready         ## train and measure the committed record: hours; resumes
+	$(RUN) --record $(NB)
+
+docs: .venv/ready           ## the generated parts of README.md and docs/, from the record
+	$(PY) tools/build_docs.py
+
+verify: .venv/ready         ## check contributed figures: make verify PROFILE=gpt2
+	$(PY) tools/verify.py $(if $(filter command environment,$(firstword $(origin PROFILE))),$(PROFILE),gpt2)
+
+test: .venv/ready           ## lint, unit tests, every notebook at profile smoke
 	$(PY) -m ruff check .
+	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q tests
 	$(PY) -m pytest -q --nbmake notebooks/
 
-verify: .venv/ready         ## check contributed figures: make verify PROFILE=gpt2 (the default here)
-	$(PY) notebooks/verify.py $(if $(filter command environment,$(firstword $(origin PROFILE))),$(PROFILE),gpt2)
-
-readme: .venv/ready         ## the README's tables again, from figures/record/
-	$(PY) notebooks/readme.py
-
-kill: .venv/ready           ## SIGKILL a training twenty times and compare its end with an undisturbed one
+test-resume: .venv/ready    ## kill a training twenty times and compare its end
 	TSAE_KILLS=20 $(PY) -m pytest -q -s tests/test_resume.py -k killed
+
+test-saelens: .venv-peers/ready  ## round trips of files with the real sae_lens
+	PYTHONPATH=. $(PEERS) -m pytest -q tests/saelens_round_trips.py
 
 testbed: .venv/ready        ## train the embedded language model from nothing
 	$(PY) testbed/train.py
 
-saes: .venv/ready           ## the committed pair, from the record's cache
+export-saes: .venv/ready    ## the committed pair of SAEs, from the record's cache
 	$(PY) testbed/export_saes.py
 
-bench: .venv/ready .venv-peers/ready  ## speed against the peers, side by side
+bench: .venv/ready .venv-peers/ready  ## speed against other libraries, side by side
 	$(PY) benchmarks/bench.py
 
-saelens: .venv-peers/ready  ## round trips of files with the real sae_lens, in the peers' environment
-	.venv-peers/bin/python -m pytest -q tests/saelens_round_trips.py
+clean:                      ## remove environments, caches and scratch figures
+	rm -rf .venv .venv-peers .cache figures/mini figures/smoke
 
 .venv-peers/ready: benchmarks/requirements-peers.txt
-	test -x .venv-peers/bin/python || $(PYTHON) -m venv .venv-peers
-	.venv-peers/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	test -x $(PEERS) || $(PYTHON) -m venv .venv-peers
+	$(PEERS) -m pip install --quiet --disable-pip-version-check -r $<
 	touch $@
 
-.venv/ready: requirements.txt
+.venv/ready: requirements.txt pyproject.toml
 	$(PYTHON) -c "import sys; assert sys.version_info >= (3, 11), 'Python 3.11 or newer is needed: make PYTHON=python3.12'"
 	test -x $(PY) || $(PYTHON) -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
-
-clean:
-	rm -rf .venv .venv-peers .cache figures/mini figures/smoke

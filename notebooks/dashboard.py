@@ -1,4 +1,7 @@
-"""Feature dashboards as HTML, from what `features.describe` gives: no script, nothing fetched."""
+"""Feature dashboards as HTML, from the tables of `features.describe`; no script, nothing to fetch.
+
+In the functions below, `d` is such a table: the rows of one feature.
+"""
 
 from __future__ import annotations
 
@@ -7,39 +10,51 @@ from html import escape
 import numpy as np
 import pandas as pd
 
+# A backslash at the end of a line joins it with the next one.
 STYLE = """
-body { font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2rem auto; padding: 0 1rem; color: #222; background: #fff }
+body { font: 15px/1.5 system-ui, sans-serif; max-width: 980px; margin: 2rem auto; \
+padding: 0 1rem; color: #222; background: #fff }
 h2 { margin: 2.2rem 0 .3rem; border-top: 1px solid #ddd; padding-top: 1rem }
 table { border-collapse: collapse; font-size: 13px }
 th { text-align: left; font-weight: 600 }
 td { padding-right: .7rem }
 td + td { text-align: right; color: #555 }
-code { white-space: pre; display: inline-block; max-width: 10rem; overflow: hidden; text-overflow: ellipsis; vertical-align: bottom }
+code { white-space: pre; display: inline-block; max-width: 10rem; overflow: hidden; \
+text-overflow: ellipsis; vertical-align: bottom }
 """
-CONTEXT = "font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; overflow-wrap: anywhere; margin: .15rem 0"
-GRID = "display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); gap: 1.2rem; margin-top: .8rem"
+CONTEXT_STYLE = (
+    "font: 13px/1.7 ui-monospace, monospace; white-space: pre-wrap; "
+    "overflow-wrap: anywhere; margin: .15rem 0"
+)
+GRID_STYLE = (
+    "display: grid; grid-template-columns: repeat(auto-fit, minmax(210px, 1fr)); "
+    "gap: 1.2rem; margin-top: .8rem"
+)
 LISTS = {"boosted": "boosts", "suppressed": "suppresses", "table": "closest table rows"}
 
 
 def visible(token: str) -> str:
-    """A token with its line breaks and tabs to be seen."""
+    """A token with visible line breaks and tabs."""
     return token.replace("\n", "⏎").replace("\t", "⇥")
 
 
 def contexts(d: pd.DataFrame) -> str:
-    """Strong contexts, a line each, tokens shaded by activation."""
-    rows, lines = d[d.row == "context"], []
+    """Strong contexts, one per line, with tokens shaded by activation."""
+    rows = d[d.row == "context"]
+    greatest = max(rows.value.max(), 1e-9)
+    lines = []
     for _, line in rows.groupby("rank"):
         spans = ""
         for token, value in zip(line.token, line.value, strict=True):
-            shade = 0.85 * max(value, 0.0) / max(rows.value.max(), 1e-9)
-            spans += f"<span title='{value:.2f}' style='background: rgba(213, 94, 0, {shade:.2f})'>{escape(visible(token))}</span>"
-        lines.append(f"<div style='{CONTEXT}'>{spans}</div>")
+            shade = 0.85 * max(value, 0.0) / greatest
+            style = f"background: rgba(213, 94, 0, {shade:.2f})"
+            spans += f"<span title='{value:.2f}' style='{style}'>{escape(visible(token))}</span>"
+        lines.append(f"<div style='{CONTEXT_STYLE}'>{spans}</div>")
     return "".join(lines)
 
 
 def histogram(d: pd.DataFrame) -> str:
-    """Activations above zero, a bar a bin, heights logarithmic."""
+    """Activations above zero, one bar per bin, with heights on a log scale."""
     counts = d[d.row == "histogram"].value.to_numpy()
     heights = 70 * np.log1p(counts) / np.log1p(counts.max()) if len(counts) else []
     bars = "".join(
@@ -47,17 +62,18 @@ def histogram(d: pd.DataFrame) -> str:
         for i, h in enumerate(heights)
     )
     greatest = d[(d.row == "number") & (d.token == "greatest")].value.iloc[0]
-    ends = f"<text x='0' y='85' font-size='11'>0</text><text x='192' y='85' font-size='11' text-anchor='end'>{greatest:.1f}</text>"
-    return f"<div><b>activation</b> (log count)<br><svg width='200' height='88' role='img' aria-label='histogram'>{bars}{ends}</svg></div>"
+    ends = "<text x='0' y='85' font-size='11'>0</text>"
+    ends += f"<text x='192' y='85' font-size='11' text-anchor='end'>{greatest:.1f}</text>"
+    size = "width='200' height='88' role='img' aria-label='histogram'"
+    return f"<div><b>activation</b> (log count)<br><svg {size}>{bars}{ends}</svg></div>"
 
 
 def ranking(d: pd.DataFrame, name: str) -> str:
-    """One list of tokens with their numbers."""
+    """One list of tokens with their numbers; `name` is a key of LISTS."""
     cells = ""
     for row in d[d.row == name].itertuples():
-        cells += (
-            f"<tr><td><code>{escape(visible(row.token))}</code></td><td>{row.value:+.2f}</td></tr>"
-        )
+        token = f"<td><code>{escape(visible(row.token))}</code></td>"
+        cells += f"<tr>{token}<td>{row.value:+.2f}</td></tr>"
     return f"<table><tr><th colspan='2'>{LISTS[name]}</th></tr>{cells}</table>"
 
 
@@ -65,13 +81,17 @@ def feature(heading: str, d: pd.DataFrame) -> str:
     """One dashboard: numbers, contexts, histogram, logits, closest table rows."""
     d = d.assign(token=d.token.fillna("").astype(str))
     number = d[d.row == "number"].set_index("token").value
-    line = f"fires on {number['frequency']:.2%} of positions; greatest activation {number['greatest']:.2f}"
+    frequency, greatest = number["frequency"], number["greatest"]
+    summary = f"fires on {frequency:.2%} of positions; greatest activation {greatest:.2f}"
     lists = "".join(ranking(d, name) for name in LISTS)
-    return f"<h2>{escape(heading)}</h2><div>{line}</div>{contexts(d)}<div style='{GRID}'>{histogram(d)}{lists}</div>"
+    grid = f"<div style='{GRID_STYLE}'>{histogram(d)}{lists}</div>"
+    return f"<h2>{escape(heading)}</h2><div>{summary}</div>{contexts(d)}{grid}"
 
 
 def page(parts: dict[str, pd.DataFrame], title: str) -> str:
-    """A self-contained page of dashboards: {heading: what `features.describe` gave}."""
-    head = f"<meta charset='utf-8'><meta name='viewport' content='width=device-width'><title>{escape(title)}</title><style>{STYLE}</style>"
-    body = "".join(feature(heading, d) for heading, d in parts.items())
-    return f"<!doctype html><html lang='en'><head>{head}</head><body><h1>{escape(title)}</h1>{body}</body></html>"
+    """A self-contained page of dashboards from {heading: table of `features.describe`}."""
+    head = "<meta charset='utf-8'><meta name='viewport' content='width=device-width'>"
+    head += f"<title>{escape(title)}</title><style>{STYLE}</style>"
+    body = f"<h1>{escape(title)}</h1>"
+    body += "".join(feature(heading, d) for heading, d in parts.items())
+    return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>"

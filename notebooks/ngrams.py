@@ -1,6 +1,7 @@
 """Common n-grams and the features that respond to them (figure 4).
 
-Axes: G n-grams, n tokens per n-gram, D d_in, F d_sae, C chosen features, T n-grams kept per feature.
+Axes: G n-grams, n tokens per n-gram, P positions of text, D d_in, F d_sae, C chosen features,
+T n-grams kept per feature.
 """
 
 from __future__ import annotations
@@ -8,9 +9,10 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import numpy as np
+import pandas as pd
 import torch
 from features import Text
-from lab import tu
+from lab import Interval, bootstrap_interval, tu
 from torch import Tensor
 
 
@@ -75,6 +77,36 @@ def observed(
     return torch.cat(parts, 1)
 
 
+def matching_shares(
+    sae: tu.TSAE,
+    text: Text,
+    tokens_Gn: Tensor,
+    bos_id: int,
+    alive_F: Tensor,
+    answer: Responses,
+    as_many: int,
+) -> dict[str, float]:
+    """Shares of the living features that respond to common n-grams of one order.
+
+    fired: fire on one or more. reconstructs: are the feature of one of the `as_many` commonest.
+    For unigrams and bigrams, where the paper's matches stop, also shares of the features fired:
+    top: the first predicted n-gram is the first observed. any: one or more are in both lists.
+    """
+    living = torch.nonzero(alive_F).squeeze(-1)
+    shares = {
+        "fired": (answer.fires[alive_F] > 0).float().mean().item(),
+        "reconstructs": torch.isin(living, answer.feature[:as_many]).float().mean().item(),
+    }
+    if tokens_Gn.shape[1] <= 2:
+        fired_C = torch.nonzero(alive_F & (answer.fires > 0)).squeeze(-1)
+        observed_TC = observed(sae, text, tokens_Gn, bos_id, fired_C)
+        predicted_TC = answer.predicted[:, fired_C]
+        is_same = (observed_TC[:, None] == predicted_TC[None]) & (observed_TC[:, None] >= 0)
+        shares["top"] = (observed_TC[0] == predicted_TC[0]).float().mean().item()
+        shares["any"] = is_same.flatten(0, 1).any(0).float().mean().item()
+    return shares
+
+
 def likeness(unit_GD: Tensor, feature_G: Tensor) -> np.ndarray:
     """Mean cosine within each group of n-grams that share a feature [groups].
 
@@ -89,6 +121,32 @@ def likeness(unit_GD: Tensor, feature_G: Tensor) -> np.ndarray:
     return np.array(cosines)
 
 
+def compare_likeness(unit_GD: Tensor, feature_G: Tensor, seed: int) -> pd.DataFrame:
+    """Likeness of n-grams that share a feature, of shuffled groups, and the difference.
+
+    One row each: group, groups (their number), cosine, low, high. Empty where none share.
+    """
+    order = torch.randperm(len(feature_G), generator=torch.Generator().manual_seed(seed))
+    sharing = likeness(unit_GD, feature_G)
+    shuffled = likeness(unit_GD, feature_G[order])  # the groups keep their sizes
+    if not len(sharing):
+        return pd.DataFrame()
+    rng = np.random.default_rng(seed)
+    gaps = [
+        rng.choice(sharing, len(sharing)).mean() - rng.choice(shuffled, len(shuffled)).mean()
+        for _ in range(1000)
+    ]
+    low, high = np.percentile(gaps, [2.5, 97.5])
+    intervals = {
+        "sharing": bootstrap_interval(np.mean, sharing),
+        "shuffled": bootstrap_interval(np.mean, shuffled),
+        "difference": Interval(sharing.mean() - shuffled.mean(), low, high),
+    }
+    table = pd.DataFrame(intervals.values()).rename(columns={"value": "cosine"})
+    table = table.assign(group=list(intervals), groups=len(sharing))
+    return table[["group", "groups", "cosine", "low", "high"]]
+
+
 def logistic_slope(x: np.ndarray, y: np.ndarray) -> float:
     """Slope of the logit of y (0 or 1) on x, by Newton's method with a ridge of 1e-6."""
     inputs, b = np.column_stack([np.ones_like(x), x]), np.zeros(2)
@@ -97,3 +155,22 @@ def logistic_slope(x: np.ndarray, y: np.ndarray) -> float:
         curvature = (inputs * (p * (1 - p))[:, None]).T @ inputs + 1e-6 * np.eye(2)
         b += np.linalg.solve(curvature, inputs.T @ (y - p) - 1e-6 * b)
     return b[1]
+
+
+def owning_by_count(owners: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """How owning a feature depends on an n-gram's count, for each system, seed and order n.
+
+    `owners` has a row per n-gram: system, seed, n, count, sharers (n-grams with its feature).
+    Returns logistic slopes on log10 of the count, and shares that own in bins of powers of two.
+    """
+    owners = owners.assign(owns=(owners.sharers == 1).astype(int))
+    slopes = []
+    for (system, seed, n), part in owners.groupby(["system", "seed", "n"]):
+        log_count, owns = np.log10(part["count"].to_numpy(float)), part.owns.to_numpy(float)
+        slope, low, high = bootstrap_interval(logistic_slope, log_count, owns, n=200)
+        key = {"row": "slope", "system": system, "seed": seed, "n": n}
+        slopes.append({**key, "slope": slope, "low": low, "high": high})
+    bin_centre = np.exp2(np.round(np.log2(owners["count"].astype(float))))
+    bins = owners.assign(count=bin_centre).groupby(["system", "seed", "n", "count"])
+    bins = bins.agg(owns=("owns", "mean"), sharers=("sharers", "median"), grams=("owns", "size"))
+    return pd.DataFrame(slopes), bins.reset_index().assign(row="bin")

@@ -1,9 +1,11 @@
-"""Small models and corpora made on the spot: nothing here needs the network or the testbed's weights."""
+"""Small random models, texts and SAEs for the tests.
+
+Nothing here needs the network or the testbed's weights.
+"""
 
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 
 import pytest
@@ -20,15 +22,16 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+import tsae_utils as tu
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "notebooks")]
 torch.set_num_threads(2)
 
 VOCAB = 64
 
 
 def word_tokenizer(**special) -> PreTrainedTokenizerFast:
-    """One token a word: w1, w2, ...; id 0 is <s>, id 1 is </s>."""
+    """One token per word: w2, w3, ...; id 0 is <s>, id 1 is </s>."""
     vocab = {"<s>": 0, "</s>": 1, **{f"w{i}": i for i in range(2, VOCAB)}}
     tokenizer = Tokenizer(models.WordLevel(vocab, unk_token="w2"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
@@ -68,12 +71,13 @@ def save_model(folder: Path, kind: str = "gpt2", **special) -> Path:
     """A random model of this architecture as a Hugging Face folder."""
     torch.manual_seed(0)
     model = MODELS[kind]()
-    with torch.no_grad():  # larger than the usual initialisation: differences must be visible
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.mul_(5)
+    with torch.no_grad():  # larger than the usual initialisation, so that differences show
+        for parameter in model.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(5)
     model.save_pretrained(folder)
-    word_tokenizer(**(special or {"bos_token": "<s>", "eos_token": "</s>"})).save_pretrained(folder)
+    tokenizer = word_tokenizer(**(special or {"bos_token": "<s>", "eos_token": "</s>"}))
+    tokenizer.save_pretrained(folder)
     return folder
 
 
@@ -88,30 +92,44 @@ def gpt2_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def lm(gpt2_folder):
-    import tsae_utils as tu
-
+def lm(gpt2_folder) -> tu.LanguageModel:
     return tu.load_lm(gpt2_folder, device="cpu", bf16=False)
 
 
 @pytest.fixture(scope="session")
 def texts() -> list[str]:
+    """200 documents of 3 to 39 random words."""
     generator = torch.Generator().manual_seed(0)
-    return [
-        " ".join(f"w{i}" for i in torch.randint(2, VOCAB, (n,), generator=generator).tolist())
-        for n in torch.randint(3, 40, (200,), generator=generator).tolist()
-    ]
+    documents = []
+    for n_words in torch.randint(3, 40, (200,), generator=generator).tolist():
+        words = torch.randint(2, VOCAB, (n_words,), generator=generator)
+        documents.append(" ".join(f"w{i}" for i in words.tolist()))
+    return documents
 
 
 @pytest.fixture(scope="session")
-def rows(texts, lm):
-    import tsae_utils as tu
-
+def rows(texts, lm) -> torch.Tensor:
     return tu.token_rows(texts, lm, 16)
 
 
+def random_sae(d_in=6, d_sae=10, k=3, vocab=None, seed=0, **kwargs) -> tu.TSAE:
+    """An SAE with random weights, in training mode; with `vocab` it has a table."""
+    generator = torch.Generator().manual_seed(seed)
+    table = None
+    if vocab is not None:
+        table = tu.TokenLookup(torch.randn(vocab, d_in, generator=generator))
+    sae = tu.TSAE(tu.TSAEConfig(d_in=d_in, d_sae=d_sae, k=k, **kwargs), table)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            if not name.startswith("lookup"):
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+        if hasattr(sae, "threshold"):
+            sae.threshold.fill_(0.3)
+    return sae
+
+
 def res_jb(folder: Path, weights: dict[str, torch.Tensor], hook: str, **changes) -> Path:
-    """A folder in the layout of one of jbloom/GPT2-Small-SAEs-Reformatted: W_enc, b_enc, W_dec, b_dec, SAELens before version 6."""
+    """A folder in the layout of jbloom/GPT2-Small-SAEs-Reformatted (SAELens before version 6)."""
     folder.mkdir(parents=True)
     d_in, d_sae = weights["W_enc"].shape
     cfg = {
@@ -133,19 +151,21 @@ def res_jb(folder: Path, weights: dict[str, torch.Tensor], hook: str, **changes)
         **changes,
     }
     (folder / "cfg.json").write_text(json.dumps(cfg))
-    save_file(
-        {n: weights[n].detach().contiguous() for n in ("W_enc", "b_enc", "W_dec", "b_dec")},
-        folder / "sae_weights.safetensors",
-    )
+    names = ("W_enc", "b_enc", "W_dec", "b_dec")
+    tensors = {name: weights[name].detach().contiguous() for name in names}
+    save_file(tensors, folder / "sae_weights.safetensors")
     save_file({"sparsity": torch.zeros(d_sae)}, folder / "sparsity.safetensors")
     return folder
 
 
 def good_sae(d_in: int, rank: int | None = None) -> dict[str, torch.Tensor]:
-    """Weights of a ReLU SAE that reconstructs 0.9 x: plus and minus of an orthogonal basis (of `rank` directions)."""
-    basis = torch.linalg.qr(torch.randn(d_in, d_in, generator=torch.Generator().manual_seed(0)))[0][
-        : rank or d_in
-    ]
+    """Weights of a ReLU SAE that reconstructs 0.9 x.
+
+    Its features are plus and minus the vectors of an orthogonal basis, or `rank` of them.
+    """
+    generator = torch.Generator().manual_seed(0)
+    basis = torch.linalg.qr(torch.randn(d_in, d_in, generator=generator))[0]
+    basis = basis[: rank or d_in]
     W_dec = torch.cat([basis, -basis])
     return {
         "W_enc": W_dec.T,

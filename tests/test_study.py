@@ -12,7 +12,8 @@ import dashboard
 import features as ft
 import pandas as pd
 import pytest
-from lab import Arm, Lab
+import study_kit
+from lab import Lab, SAESpec
 
 from conftest import ROOT
 
@@ -28,7 +29,7 @@ def lab(tmp_path_factory) -> Lab:
 
 @pytest.fixture(scope="module")
 def saes(lab):
-    return lab.train_or_load({s: Arm(s, 64, 4, 4e-3) for s in ("one", "two")}, 4, 0, 4096)
+    return lab.train_or_load({s: SAESpec(s, 64, 4, 4e-3) for s in ("one", "two")}, 4, 0, 4096)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def text(lab):
 
 @pytest.fixture
 def kit(lab, saes, text, tmp_path):
-    return blind_study.make_kit(lab, saes, text, 3, tmp_path / "kit")
+    return study_kit.make_kit(lab, saes, text, 3, tmp_path / "kit")
 
 
 def fill(kit, value) -> None:
@@ -65,9 +66,9 @@ def test_scores_are_checked_and_kept(lab, saes, text, kit):
     with pytest.raises(ValueError, match="interpretability of item 01 is 11; expected 1 to 10"):
         blind_study.unblind(kit)
     fill(kit, lambda system: 7)
-    blind_study.make_kit(lab, saes, text, 3, kit)
+    study_kit.make_kit(lab, saes, text, 3, kit)
     assert set(blind_study.unblind(kit)["mean"]) == {5.0, 7.0}, "making the kit again keeps what was scored"
-    done = subprocess.run([sys.executable, ROOT / "notebooks" / "blind_study.py", kit], capture_output=True, text=True)
+    done = subprocess.run([sys.executable, ROOT / "tools" / "blind_study.py", kit], capture_output=True, text=True)
     assert done.returncode == 0 and "complexity" in done.stdout
     scores = pd.read_csv(kit / "scores.csv")
     scores.iloc[1:].to_csv(kit / "scores.csv", index=False)
