@@ -1,4 +1,4 @@
-"""Feature dashboards as HTML, from the tables of `features.describe`; no script, nothing to fetch.
+"""Feature dashboards from the tables of `features.describe`: HTML without scripts, or a figure.
 
 In the functions below, `d` is such a table: the rows of one feature.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from html import escape
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
@@ -95,3 +96,25 @@ def page(parts: dict[str, pd.DataFrame], title: str) -> str:
     body = f"<h1>{escape(title)}</h1>"
     body += "".join(feature(heading, d) for heading, d in parts.items())
     return f"<!doctype html><html lang='en'><head>{head}</head><body>{body}</body></html>"
+
+
+def draw_contexts(ax: plt.Axes, rows: pd.DataFrame, color: str) -> None:
+    """Draw contexts below one another, with the strongest token of each at x = 0.
+
+    Tokens are shaded by activation. Columns have the width of a letter.
+    """
+    letter_style = {"family": "monospace", "fontsize": 9.5, "ha": "center", "va": "center"}
+    letter_style |= {"parse_math": False, "clip_on": True}
+    for rank, line in rows.groupby("rank"):
+        words = line.token.map(visible)
+        ends = words.str.len().cumsum()
+        starts = ends - words.str.len()
+        starts -= starts[line.place == 0].iloc[0]
+        for start, word, value in zip(starts, words, line.value, strict=True):
+            alpha = 0.85 * max(value, 0) / rows.value.max()
+            box = plt.Rectangle((start, -rank - 0.45), len(word), 0.9, lw=0)
+            ax.add_patch(box).set(color=color, alpha=alpha)
+            for i, letter in enumerate(word):
+                ax.text(start + i + 0.5, -rank, letter, **letter_style)
+    ax.set(xlim=(-42, 34), ylim=(-rows["rank"].max() - 0.6, -0.4))
+    ax.axis("off")

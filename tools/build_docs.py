@@ -215,7 +215,8 @@ def step_summary(width: float, part: pd.DataFrame) -> str:
     product = ms["ours"] / ms["encoder product alone, bf16"]
     return paragraph(
         f"* A training step at {width:,.0f} features takes {ms['ours']:.0f} ms (at most",
-        f"{slowest_round:.0f}). That is {speed['ours'] / speed[fastest]:.2f} times the fastest peer",
+        f"{slowest_round:.0f}).",
+        f"That is {speed['ours'] / speed[fastest]:.2f} times the fastest peer",
         f"({fastest}; aim: 2) and {speed['ours'] / speed[saelens].max():.1f} times SAELens's best",
         f"(aim: 7). The encoder's bf16 product alone takes {1 / product:.0%} of it.",
         f"The NMSE is {worse:+.1%} relative to the best peer's.",

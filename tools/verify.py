@@ -29,7 +29,11 @@ MOST_MB = 40
 
 def ids() -> list[str]:
     """Figure ids of all notebooks but the scorecard."""
-    return [n.stem[3:] for n in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb")) if not n.stem.startswith("99")]
+    return [
+        n.stem[3:]
+        for n in sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+        if not n.stem.startswith("99")
+    ]
 
 
 def files(folder: Path) -> list[str]:
@@ -62,46 +66,75 @@ def files(folder: Path) -> list[str]:
     if not (folder / "claims.csv").is_file():
         wrong.append("claims.csv is missing: run notebook 99")
     size = sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) / 1e6
-    return wrong + ([f"{size:.0f} MB: figures are kept below {MOST_MB} MB"] if size > MOST_MB else [])
+    return wrong + (
+        [f"{size:.0f} MB: figures are kept below {MOST_MB} MB"] if size > MOST_MB else []
+    )
 
 
 def runs(folder: Path, profile: str) -> list[str]:
     """Records that differ from the profile, from each other, or from the pinned model."""
-    wrong, found = [], {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
+    wrong, found = (
+        [],
+        {path.stem: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))},
+    )
     p = PROFILES[profile]
     expected = json.loads(json.dumps(as_recorded(p)))
     expected.pop("gib")  # how many passes it took changes no number
     for id, run in found.items():
         for name, value in expected.items():
             if run["profile"].get(name) != value:
-                wrong.append(f"{id}: {name} is {run['profile'].get(name)!r}, profile {profile} has {value!r}")
+                wrong.append(
+                    f"{id}: {name} is {run['profile'].get(name)!r}, profile {profile} has {value!r}"
+                )
         if WEIGHTS[p.model] and run.get("weights_sha256") != WEIGHTS[p.model]:
-            wrong.append(f"{id}: the weights' SHA-256 is {run.get('weights_sha256')!r}, that of {p.model} is {WEIGHTS[p.model]}")
+            wrong.append(
+                f"{id}: the weights' SHA-256 is {run.get('weights_sha256')!r}, that of {p.model} is {WEIGHTS[p.model]}"
+            )
     for name in ("model", "model_hash", "weights_sha256", "corpus_hash", "torch"):
         if len(values := {str(run.get(name)) for run in found.values()}) > 1:
             wrong.append(f"{name} differs between notebooks: {', '.join(sorted(values))}")
-    if p.corpus != "testbed" and any(run.get("corpus_hash") != corpus_key(p.corpus) for run in found.values()):
+    if p.corpus != "testbed" and any(
+        run.get("corpus_hash") != corpus_key(p.corpus) for run in found.values()
+    ):
         wrong.append(f"the corpus is not {p.corpus}")
     return wrong
 
 
 def claims(folder: Path) -> list[str]:
     """Claims that differ from the committed ones in anything but their outcome."""
+
     def read(path: Path) -> pd.DataFrame:
         return pd.read_csv(path, dtype=str, keep_default_na=False)
 
     wrong, committed = [], read(ROOT / "figures" / "record" / "claims.csv").set_index("id")
     parts = [read(path) for path in sorted(folder.glob("*_claims.csv"))]
-    every = pd.concat(parts, ignore_index=True) if parts else pd.DataFrame(columns=committed.reset_index().columns)
+    every = (
+        pd.concat(parts, ignore_index=True)
+        if parts
+        else pd.DataFrame(columns=committed.reset_index().columns)
+    )
     if not read(folder / "claims.csv").equals(every):
-        wrong.append("claims.csv is not what the notebooks' claims add up to: run notebook 99 again")
+        wrong.append(
+            "claims.csv is not what the notebooks' claims add up to: run notebook 99 again"
+        )
     if set(every.id) != set(committed.index):
-        wrong.append(f"claims missing or unknown: {', '.join(sorted(set(every.id) ^ set(committed.index)))}")
+        wrong.append(
+            f"claims missing or unknown: {', '.join(sorted(set(every.id) ^ set(committed.index)))}"
+        )
     for row in every.to_dict("records"):
-        if row["id"] in committed.index and any(row[c] != committed[c][row["id"]] for c in RULES[1:]):
+        if row["id"] in committed.index and any(
+            row[c] != committed[c][row["id"]] for c in RULES[1:]
+        ):
             wrong.append(f"{row['id']}: its wording or rule is not the committed one")
-        if row["verdict"] not in ("reproduced", "direction only", "not reproduced", "effect present", "effect absent", "not tested",
-                                  "not applicable"):
+        if row["verdict"] not in (
+            "reproduced",
+            "direction only",
+            "not reproduced",
+            "effect present",
+            "effect absent",
+            "not tested",
+            "not applicable",
+        ):
             wrong.append(f"{row['id']}: unknown verdict {row['verdict']!r}")
     return wrong
 
@@ -109,7 +142,11 @@ def claims(folder: Path) -> list[str]:
 def places(folder: Path) -> list[str]:
     """Paths of the machine that ran it, in what is read by eye or by other tools."""
     texts = [*folder.glob("*.json"), *folder.glob("*claims.csv")]
-    return [f"{path.name} names a folder of its machine" for path in texts if re.search(r"/(home|Users|root|mnt)/\w", path.read_text())]
+    return [
+        f"{path.name} names a folder of its machine"
+        for path in texts
+        if re.search(r"/(home|Users|root|mnt)/\w", path.read_text())
+    ]
 
 
 def verify(folder: Path, profile: str) -> list[str]:
@@ -127,6 +164,8 @@ if __name__ == "__main__":
     folder = settings(profile)[1]
     problems = verify(folder, profile)
     if not WEIGHTS[PROFILES[profile].model]:
-        print(f"the SHA-256 of {PROFILES[profile].model} is not known here: compare the records' weights_sha256 with the hub's page")
+        print(
+            f"the SHA-256 of {PROFILES[profile].model} is not known here: compare the records' weights_sha256 with the hub's page"
+        )
     print("\n".join(problems) or f"{folder}: in order, {len(ids())} notebooks")
     sys.exit(bool(problems))
