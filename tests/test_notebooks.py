@@ -1,4 +1,4 @@
-"""Rules of the notebooks, and agreement of what is committed: notebooks, CSVs, figures, documents."""
+"""Rules of the notebooks, and agreement of all that is committed."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_the_answer_is_the_takeaway(path):
 
 @every_figure
 def test_committed_figure(path):
-    """Each notebook left a CSV, its record, its claims and both pictures, on the committed model."""
+    """Each notebook left CSV, record, claims and both pictures, on the committed model."""
     name = figure_id(path)
     for suffix in (".csv", ".json", "_claims.csv", ".png", ".pdf"):
         assert (RECORD / f"{name}{suffix}").is_file(), suffix
