@@ -17,6 +17,14 @@ COLUMNS = ["model", "layer", "system", "k", "l1_coefficient", "lr", "lr_lookup",
 COLUMNS += ["vectors_per_token", "seed", "tokens", "nmse", "nmse_unsquared", "fvu", "ce_clean"]
 COLUMNS += ["ce_patched", "ce_added", "ce_recovered", "dead_fraction", "d_sae", "decoder_vectors"]
 COLUMNS += ["seconds"]
+NAMES = {
+    "topk": "SAE",
+    "topk+lookup": "TSAE",
+    "topk-k+1": "SAE, k + 1",
+    "topk-size-matched": "SAE, size-matched",
+    "topk+shuffled-lookup": "TSAE, shuffled rows",
+    "topk-half-encoder": "SAE, half encoder",
+}
 AXES = {
     "l0": "L0 (active features per token)",
     "vectors_per_token": "decoder vectors per token, with the table's row",
@@ -30,11 +38,14 @@ AXES = {
 def describe(spec: SAESpec, size: float, sae: tu.TSAE) -> dict:
     """The columns of a trained SAE that no measurement gives."""
     return {
+        "model": sae.cfg.model_name,
+        "layer": int(sae.cfg.hook_name.split(".")[1]),
         "system": spec.system,
         "k": None if spec.l1_coefficient else size,
         "l1_coefficient": spec.l1_coefficient or None,
         "lr": spec.lr,
         "lr_lookup": spec.lr_lookup if spec.has_table else None,
+        "seed": sae.cfg.seed,
         "d_sae": sae.cfg.d_sae,
         "decoder_vectors": sae.cfg.d_sae + (len(sae.lookup.W) if spec.has_table else 0),
         **{name: sae.record[name] for name in ("tokens", "dead_fraction", "seconds")},
@@ -45,7 +56,7 @@ def describe(spec: SAESpec, size: float, sae: tu.TSAE) -> dict:
 def objective(sae: tu.TSAE, text: tu.Evaluator) -> dict[str, float]:
     """{"objective": ...}: what training minimises, mean over the tokens of a text.
 
-    It holds for the mode of training, where batchtopk has k active features per token.
+    It is measured as in training, where batchtopk has k active features per token on average.
     """
     sae.train()
     total = 0.0
@@ -81,6 +92,15 @@ def paired_differences(table: pd.DataFrame, rival: str, metric: str) -> dict[str
         difference = same_k.set_index("seed")[metric] - ours.set_index("seed")[metric]
         intervals[f"k={k:g}"] = paired_interval(difference)
     return intervals
+
+
+def summary(table: pd.DataFrame, metric: str = "ce_added") -> pd.DataFrame:
+    """The SAE, the TSAE and the best control at every k, and the control's share of the gain."""
+    mean = table[table.k > 0].pivot_table(index="k", columns="system", values=metric)
+    sae, tsae = mean["topk"], mean["topk+lookup"]
+    control = mean.drop(columns=["topk", "topk+lookup"]).min(axis=1)
+    share = (sae - control) / (sae - tsae)
+    return pd.DataFrame({"sae": sae, "tsae": tsae, "control": control, "share": share})
 
 
 def ratio_to_baseline(table: pd.DataFrame, metric: str = "ce_added") -> pd.DataFrame:
@@ -132,7 +152,7 @@ def l0_interval(table: pd.DataFrame, system: str, reference: str, metric: str) -
 
 
 def draw_curves(ax: plt.Axes, table: pd.DataFrame, x: str, y: str, paper: pd.DataFrame) -> None:
-    """A labelled curve per system through the means over seeds, and a dot per seed.
+    """A curve per system through the means over seeds, and a dot per seed.
 
     The paper's points are hollow. They are given by L0; a table adds one vector per token.
     """
@@ -147,4 +167,28 @@ def draw_curves(ax: plt.Axes, table: pd.DataFrame, x: str, y: str, paper: pd.Dat
         ax.plot(points.x + table_row, points.y, marker=look["marker"], **style.PAPER)
     ax.set(xscale="log", yscale="log", xlabel=AXES[x], ylabel=AXES[y])
     plain_log(ax)
-    label_lines(ax)
+
+
+def draw_panels(table: pd.DataFrame, panels: dict[str, str], paper: pd.DataFrame) -> plt.Figure:
+    """Panels below each other, with the given axes {x: y}."""
+    fig, axes = plt.subplots(len(panels), 1, figsize=(6.5, 0.5 + 3.5 * len(panels)), squeeze=False)
+    for ax, (x, y) in zip(axes.flat, panels.items(), strict=True):
+        draw_curves(ax, table, x, y, paper)
+        ax.text(0.02, 0.03, "hollow: the paper, GPT-2", transform=ax.transAxes, color="0.4", size=9)
+        label_lines(ax, NAMES)
+    return fig
+
+
+def draw_families(table: pd.DataFrame, names: dict[str, str], paper: pd.DataFrame) -> plt.Figure:
+    """A panel per family of architectures, with and without the table."""
+    fig, axes = plt.subplots(1, len(names), sharex=True, sharey=True)
+    for ax, (family, name) in zip(axes, names.items(), strict=True):
+        draw_curves(ax, table[table.system.str.match(family)], "l0", "ce_added", paper)
+        ax.set(title=name, xlabel="", ylabel="")
+    fig.supxlabel(AXES["l0"], size=11)
+    axes[0].set_ylabel(AXES["ce_added"])
+    looks = {"SAE": "gated", "TSAE": "gated+lookup", "TSAE, rate 1e-4": "gated+lookup (1e-4)"}
+    legend = [plt.Line2D([], [], label=name, **SYSTEMS[look]) for name, look in looks.items()]
+    legend.append(plt.Line2D([], [], marker="h", label="paper, GPT-2", **style.PAPER))
+    fig.legend(handles=legend, loc="outside lower center", ncols=4)
+    return fig

@@ -3,14 +3,14 @@
 Every machine has this text once `requirements.txt` is installed, so nothing is downloaded and
 nothing is redistributed. Source files are parsed (`ast`), never imported.
 
-A document is one docstring. Its split follows from a hash of *where* it stands (package, module,
-qualified name), so an edited docstring does not move. Repeated text (inherited docstrings, shared
-boilerplate) is removed within and across splits by 8-word shingles, see `drop_repeats`.
+A document is one docstring. A hash of its place (package, module, qualified name) decides its
+split, so an edited docstring does not move. Repeated text, such as inherited docstrings and shared
+boilerplate, is removed within and across splits by 8-word shingles (`drop_repeats`).
 
-    lm       the testbed language model was trained on it
-    sae      no language model has seen it: SAEs train here
-    tune     learning rates are chosen here, and nothing else
-    heldout  every metric is measured here, and nothing else
+    lm       training text of the testbed language model
+    sae      training text of SAEs; the language model has not seen it
+    tune     for choosing learning rates only
+    heldout  for metrics only
 """
 
 from __future__ import annotations
@@ -32,37 +32,54 @@ from pathlib import Path
 import numpy as np
 from tqdm.auto import tqdm
 
-SPLITS = {"lm": 0.62, "sae": 0.30, "tune": 0.02, "heldout": 0.06}  # shares of documents before removal
-# import name -> distribution name, in the order in which repeated text is kept
+# Shares of documents, before repeats are removed.
+SPLITS = {"lm": 0.62, "sae": 0.30, "tune": 0.02, "heldout": 0.06}
+# Import name -> distribution name. Of repeated text the first package's copy is kept.
 PACKAGES = {
-    "python": "", "torch": "torch", "transformers": "transformers", "scipy": "scipy", "sympy": "sympy",
-    "sklearn": "scikit-learn", "pandas": "pandas", "networkx": "networkx", "numpy": "numpy",
-    "beartype": "beartype", "matplotlib": "matplotlib", "huggingface_hub": "huggingface_hub",
-    "transformer_lens": "transformer_lens", "datasets": "datasets", "fontTools": "fonttools",
-    "IPython": "ipython", "mpmath": "mpmath", "accelerate": "accelerate", "tornado": "tornado",
-    "hypothesis": "hypothesis", "seaborn": "seaborn",
+    "python": "",
+    "torch": "torch",
+    "transformers": "transformers",
+    "scipy": "scipy",
+    "sympy": "sympy",
+    "sklearn": "scikit-learn",
+    "pandas": "pandas",
+    "networkx": "networkx",
+    "numpy": "numpy",
+    "beartype": "beartype",
+    "matplotlib": "matplotlib",
+    "huggingface_hub": "huggingface_hub",
+    "transformer_lens": "transformer_lens",
+    "datasets": "datasets",
+    "fontTools": "fonttools",
+    "IPython": "ipython",
+    "mpmath": "mpmath",
+    "accelerate": "accelerate",
+    "tornado": "tornado",
+    "hypothesis": "hypothesis",
+    "seaborn": "seaborn",
 }
-NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}  # some systems leave tests out
+# Folders that are not read; not every system ships the tests.
+NOT_STDLIB = {"site-packages", "dist-packages", "test", "tests", "idle_test"}
 MIN_CHARS = 48  # shorter docstrings ("Return the name.") carry no context
-MAX_CHARS = 20_000  # a few module docstrings are whole manuals; the first pages are enough
+MAX_CHARS = 20_000  # a few module docstrings are whole manuals: only their first pages are kept
 SHINGLE = 8  # words
-MAX_REPEATED = 0.3  # a document with more of its shingles seen before is a repeat
-SCHEMA = 3  # raise when extraction changes: it is part of the cache key and of the manifest
+MAX_REPEATED = 0.3  # a document is a repeat if a larger share of its shingles has occurred before
+SCHEMA = 3  # raise this when extraction changes: cache key and manifest contain it
 
 
 @dataclass(frozen=True)
 class Document:
-    """One docstring: where it stands, in which split, and its text (dedented)."""
+    """One docstring: its split, its place and its text (dedented)."""
 
     split: str
     package: str
     module: str
-    name: str  # qualified name inside the module; "" is the module's own docstring
+    name: str  # qualified name inside the module; "" for the docstring of the module itself
     text: str
 
 
 def split_of(package: str, module: str, name: str) -> str:
-    """The split of a docstring, from where it stands and never from what it says."""
+    """The split of a docstring. It depends on the place of the docstring, not on its text."""
     digest = hashlib.sha256(f"{package}:{module}:{name}".encode()).digest()
     u = int.from_bytes(digest[:8], "big") / 2**64
     for split, share in SPLITS.items():
@@ -75,24 +92,27 @@ def split_of(package: str, module: str, name: str) -> str:
 def package_root(package: str) -> Path | None:
     """Folder of a package's sources, or None where it is not installed."""
     paths = sysconfig.get_paths()
-    roots = [paths["stdlib"]] if package == "python" else [paths["purelib"] + f"/{package}", paths["platlib"] + f"/{package}"]
-    return next((Path(r) for r in roots if Path(r).is_dir()), None)
+    if package == "python":
+        candidates = [Path(paths["stdlib"])]
+    else:
+        candidates = [Path(paths[kind], package) for kind in ("purelib", "platlib")]
+    return next((folder for folder in candidates if folder.is_dir()), None)
 
 
 def versions() -> dict[str, str]:
-    """Version of every package of the corpus; "missing" where there is none."""
-    found = {}
-    for package, dist in PACKAGES.items():
+    """Version of every package of the corpus, or "missing"."""
+    installed = {}
+    for package, distribution in PACKAGES.items():
         if package == "python":
-            found[package] = platform.python_version()
+            installed[package] = platform.python_version()
         elif package_root(package) is None:
-            found[package] = "missing"
+            installed[package] = "missing"
         else:
             try:
-                found[package] = importlib.metadata.version(dist)
-            except importlib.metadata.PackageNotFoundError:  # a folder without metadata: a copy, or half an uninstall
-                found[package] = "unknown"
-    return found
+                installed[package] = importlib.metadata.version(distribution)
+            except importlib.metadata.PackageNotFoundError:  # a copy, or half an uninstall
+                installed[package] = "unknown"
+    return installed
 
 
 def docstrings_of_file(path: Path, package: str, module: str) -> list[Document]:
@@ -103,13 +123,14 @@ def docstrings_of_file(path: Path, package: str, module: str) -> list[Document]:
             tree = ast.parse(path.read_text("utf-8"))
     except (SyntaxError, UnicodeDecodeError, ValueError):
         return []  # test data of the packages: broken on purpose, or templates
-    found = []
+    collected = []
 
     def visit(node: ast.AST, name: str) -> None:
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
             text = (ast.get_docstring(node) or "").strip()[:MAX_CHARS]
             if len(text) >= MIN_CHARS:
-                found.append(Document(split_of(package, module, name), package, module, name, text))
+                split = split_of(package, module, name)
+                collected.append(Document(split, package, module, name, text))
         for child in ast.iter_child_nodes(node):
             if isinstance(child, ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
                 visit(child, f"{name}.{child.name}".strip("."))
@@ -117,103 +138,133 @@ def docstrings_of_file(path: Path, package: str, module: str) -> list[Document]:
                 visit(child, name)
 
     visit(tree, "")
-    return found
+    return collected
 
 
 def docstrings_of_package(package: str) -> list[Document]:
-    """All docstrings of a package, files in sorted order."""
+    """All docstrings of a package, in sorted order of its files."""
     root = package_root(package)
     if root is None:
         return []
-    found = []
+    collected = []
     for path in sorted(root.rglob("*.py")):
         parts = path.relative_to(root).with_suffix("").parts
         if package == "python" and NOT_STDLIB & set(parts):
             continue
         module = ".".join((package, *parts)).removesuffix(".__init__")
-        found += docstrings_of_file(path, package, module)
-    return found
+        collected += docstrings_of_file(path, package, module)
+    return collected
 
 
 def shingle_ids(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """Hashes of all 8-word shingles: (hash [S] uint64, index of the document it stands in [S])."""
+    """Hashes of all 8-word shingles: (hashes [S] uint64, indices of their documents [S])."""
     vocabulary: dict[str, int] = {}
     words = [vocabulary.setdefault(w, len(vocabulary)) for t in texts for w in t.split()]
     lengths = np.array([len(t.split()) for t in texts])
-    ids, doc = np.array(words, np.uint64), np.repeat(np.arange(len(texts)), lengths)
-    if len(ids) < SHINGLE:
+    ids = np.array(words, np.uint64)
+    document = np.repeat(np.arange(len(texts)), lengths)
+    n_shingles = len(ids) - SHINGLE + 1
+    if n_shingles < 1:
         return np.empty(0, np.uint64), np.empty(0, np.int64)
-    mixed = np.zeros(len(ids) - SHINGLE + 1, np.uint64)
+    hashes = np.zeros(n_shingles, np.uint64)
     for i in range(SHINGLE):
-        mixed = mixed * np.uint64(0x9E3779B97F4A7C15) + ids[i : len(ids) - SHINGLE + 1 + i] + np.uint64(1)
-        mixed ^= mixed >> np.uint64(29)
-    inside = doc[: len(mixed)] == doc[SHINGLE - 1 :]  # a shingle does not cross documents
-    return mixed[inside], doc[: len(mixed)][inside]
+        hashes = hashes * np.uint64(0x9E3779B97F4A7C15) + ids[i : n_shingles + i] + np.uint64(1)
+        hashes ^= hashes >> np.uint64(29)
+    first, last = document[:n_shingles], document[SHINGLE - 1 :]
+    is_inside = first == last  # a shingle does not cross documents
+    return hashes[is_inside], first[is_inside]
 
 
 def drop_repeats(documents: list[Document]) -> list[Document]:
-    """Remove documents whose text was mostly seen before, in the order lm, sae, tune, heldout.
+    """Remove documents that mostly repeat earlier ones, in the order lm, sae, tune, heldout.
 
-    A shingle counts as seen before where it occurs in any earlier document. So a held-out docstring that a
-    training docstring repeats (or nearly so) goes out of held-out, and of ten inherited copies one is kept.
+    A shingle counts as repeated if it occurs in any earlier document. A held-out docstring that
+    (nearly) repeats a training docstring is therefore removed, and one of ten inherited copies is
+    kept.
     """
-    order = {s: i for i, s in enumerate(SPLITS)}
-    documents = sorted(documents, key=lambda d: order[d.split])  # stable: the package order stays
-    shingles, doc = shingle_ids([d.text for d in documents])
+    order = {split: i for i, split in enumerate(SPLITS)}
+    documents = sorted(documents, key=lambda d: order[d.split])  # stable: keeps the package order
+    shingles, document = shingle_ids([d.text for d in documents])
     _, first, inverse = np.unique(shingles, return_index=True, return_inverse=True)
-    repeated = doc[first[inverse]] < doc
-    total = np.bincount(doc, minlength=len(documents))
-    share = np.bincount(doc, weights=repeated, minlength=len(documents)) / np.maximum(total, 1)
-    kept, short = [], set()
-    for d, s, n in zip(documents, share, total, strict=True):
-        if n == 0:  # fewer words than a shingle: compare whole
-            s = float(d.text in short)
-            short.add(d.text)
-        if s <= MAX_REPEATED:
+    is_repeated = document[first[inverse]] < document
+    totals = np.bincount(document, minlength=len(documents))
+    repeats = np.bincount(document, weights=is_repeated, minlength=len(documents))
+    shares = repeats / np.maximum(totals, 1)
+    kept, short_texts = [], set()
+    for d, share, total in zip(documents, shares, totals, strict=True):
+        if total == 0:  # fewer words than a shingle: compare the whole text
+            share = float(d.text in short_texts)
+            short_texts.add(d.text)
+        if share <= MAX_REPEATED:
             kept.append(d)
     return kept
 
 
-def overlap(documents: list[Document], held: str = "heldout", train: tuple[str, ...] = ("lm", "sae")) -> float:
+def overlap(
+    documents: list[Document], held: str = "heldout", train: tuple[str, ...] = ("lm", "sae")
+) -> float:
     """Share of the 8-word shingles of split `held` that occur in the training splits."""
     chosen = [d for d in documents if d.split == held or d.split in train]
-    shingles, doc = shingle_ids([d.text for d in chosen])
-    is_held = np.array([d.split == held for d in chosen])[doc]
-    return float(np.isin(shingles[is_held], shingles[~is_held]).mean()) if is_held.any() else 0.0
+    shingles, document = shingle_ids([d.text for d in chosen])
+    is_held = np.array([d.split == held for d in chosen])[document]
+    if not is_held.any():
+        return 0.0
+    return float(np.isin(shingles[is_held], shingles[~is_held]).mean())
 
 
 def cache_folder() -> Path:
-    """Where extracted text and trained SAEs are kept: $TSAE_CACHE, else .cache beside the module."""
+    """Folder of extracted text and trained SAEs: $TSAE_CACHE, else .cache of the repository."""
     return Path(os.environ.get("TSAE_CACHE") or Path(__file__).resolve().parent.parent / ".cache")
 
 
 @lru_cache(maxsize=1)
 def load(progress: bool = True) -> tuple[list[Document], dict]:
-    """All documents (lm, sae, tune, heldout; deterministic order) and the manifest. Cached on disk.
+    """All documents in a deterministic order, and the manifest. Cached on disk.
 
-    The manifest names versions and holds a hash of the text, which goes into every record.
+    The manifest names versions and holds a hash of the text, which every record contains.
+    Raises RuntimeError where Python has no documentation strings.
     """
-    found = versions()
-    key = hashlib.sha256(json.dumps([SCHEMA, found], sort_keys=True).encode()).hexdigest()[:16]
-    path = cache_folder() / f"corpus-{key}.json"
+    installed = versions()
+    key = json.dumps([SCHEMA, installed], sort_keys=True)
+    name = hashlib.sha256(key.encode()).hexdigest()[:16]
+    path = cache_folder() / f"corpus-{name}.json"
     if path.exists():
         raw = json.loads(path.read_text("utf-8"))
         return [Document(**d) for d in raw["documents"]], raw["manifest"]
-    present = [p for p, v in found.items() if v != "missing"]
-    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
-        parts = list(tqdm(pool.map(docstrings_of_package, present), total=len(present),
-                          desc="reading documentation strings", unit="package", disable=not progress))
-    documents = drop_repeats([d for part in parts for d in part])
-    if not documents:
-        raise RuntimeError("no documentation strings found: is Python running with -OO, or without its sources?")
-    text_hash = hashlib.sha256("\0".join(d.split + d.text for d in documents).encode()).hexdigest()[:16]
-    manifest = {"schema": SCHEMA, "versions": found, "missing": [p for p in found if p not in present],
-                "documents": len(documents), "characters": sum(len(d.text) for d in documents), "hash": text_hash}
+    documents = extract([p for p, v in installed.items() if v != "missing"], progress)
+    all_text = "\0".join(d.split + d.text for d in documents)
+    manifest = {
+        "schema": SCHEMA,
+        "versions": installed,
+        "missing": [p for p, v in installed.items() if v == "missing"],
+        "documents": len(documents),
+        "characters": sum(len(d.text) for d in documents),
+        "hash": hashlib.sha256(all_text.encode()).hexdigest()[:16],
+    }
+    content = {"manifest": manifest, "documents": [asdict(d) for d in documents]}
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}.partial")
-    partial.write_text(json.dumps({"manifest": manifest, "documents": [asdict(d) for d in documents]}), "utf-8")
+    partial.write_text(json.dumps(content), "utf-8")
     partial.replace(path)  # atomic: two notebooks may extract at once
     return documents, manifest
+
+
+def extract(packages: list[str], progress: bool) -> list[Document]:
+    """Documents of these packages without repeats, read in parallel."""
+    with ProcessPoolExecutor(max_workers=os.cpu_count()) as pool:
+        parts = tqdm(
+            pool.map(docstrings_of_package, packages),
+            total=len(packages),
+            desc="reading documentation strings",
+            unit="package",
+            disable=not progress,
+        )
+        documents = drop_repeats([d for part in parts for d in part])
+    if not documents:
+        raise RuntimeError(
+            "no documentation strings found: is Python running with -OO, or without its sources?"
+        )
+    return documents
 
 
 def documents(split: str) -> list[Document]:
@@ -225,12 +276,13 @@ def documents(split: str) -> list[Document]:
 
 def main() -> None:
     argparse.ArgumentParser(description=__doc__.split("\n")[0]).parse_args()
-    docs, manifest = load()
+    everything, manifest = load()
     print(json.dumps({k: v for k, v in manifest.items() if k != "versions"}, indent=1))
     for split in SPLITS:
-        chosen = [d for d in docs if d.split == split]
-        print(f"{split:8s} {len(chosen):6d} documents {sum(len(d.text) for d in chosen) / 1e6:6.2f} M characters")
-    print(f"8-word shingles of heldout that occur in lm or sae: {overlap(docs):.1%}")
+        chosen = documents(split)
+        millions = sum(len(d.text) for d in chosen) / 1e6
+        print(f"{split:8s} {len(chosen):6d} documents {millions:6.2f} M characters")
+    print(f"8-word shingles of heldout that occur in lm or sae: {overlap(everything):.1%}")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,10 @@
-"""Train the testbed language model from nothing: tokenizer, model folder, model card numbers.
+"""Train the testbed language model from nothing; write its folder and the model card's numbers.
 
     python testbed/train.py                 # about an hour on two cores; minutes on a GPU
     python testbed/train.py --tokens 1e6    # a minute, to see that it works
 
-Writes a complete Hugging Face folder (loads with AutoModelForCausalLM and AutoTokenizer) and `metrics.json`.
+Writes a complete Hugging Face folder, which loads with AutoModelForCausalLM and AutoTokenizer, and
+`metrics.json`.
 """
 
 from __future__ import annotations
@@ -14,7 +15,6 @@ import math
 import os
 import platform
 import shutil
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,18 +26,17 @@ from torch.nn import functional as F
 from tqdm.auto import tqdm
 from transformers import AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parent))
-from testbed import corpus, ngram  # noqa: E402
+from testbed import corpus, ngram
 
+HERE = Path(__file__).resolve().parent
 BOS = "<|endoftext|>"  # document separator and first token of every row, as in GPT-2
 VOCAB = 8192
 CONTEXT = 256
 LAYERS, D_MODEL, HEADS = 6, 256, 4  # 6.9M parameters, 13.8 MB in half precision
 BATCH_ROWS = 16  # 4,096 tokens
-LR_MATRICES = 6e-3  # Muon, rms-matched to AdamW
+LR_MATRICES = 6e-3  # Muon, update RMS matched to AdamW's
 LR_REST = 3e-3  # AdamW: embeddings, biases, LayerNorm
-WARMUP = 0.02  # share of steps; afterwards linear decay to zero
+WARMUP = 0.02  # share of steps; then linear decay to zero
 WEIGHT_DECAY = 0.1
 SEED = 0
 
@@ -45,90 +44,109 @@ SEED = 0
 def train_tokenizer(folder: Path) -> PreTrainedTokenizerFast:
     """Byte-level BPE on the lm split, saved with its special tokens."""
     bpe = ByteLevelBPETokenizer()
-    bpe.train_from_iterator((d.text for d in corpus.documents("lm")), vocab_size=VOCAB, special_tokens=[BOS],
-                            show_progress=False)
-    special = {"bos_token": BOS, "eos_token": BOS, "unk_token": BOS, "pad_token": BOS}
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, model_max_length=CONTEXT, **special)
+    texts = (d.text for d in corpus.documents("lm"))
+    bpe.train_from_iterator(texts, vocab_size=VOCAB, special_tokens=[BOS], show_progress=False)
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token", "pad_token"), BOS)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, model_max_length=CONTEXT, **special
+    )
     tokenizer.save_pretrained(folder)
     return tokenizer
 
 
 def token_stream(tokenizer: PreTrainedTokenizerFast, split: str) -> list[np.ndarray]:
-    """Each document's tokens, one array a document, without separators."""
+    """Tokens of every document, without separators: one array per document."""
     texts = [d.text for d in corpus.documents(split)]
-    return [np.array(e.ids, np.int32) for e in tokenizer.backend_tokenizer.encode_batch(texts)]
+    encoded = tokenizer.backend_tokenizer.encode_batch(texts)
+    return [np.array(e.ids, np.int32) for e in encoded]
 
 
-def rows(docs: list[np.ndarray], bos: int, order: np.ndarray) -> np.ndarray:
-    """Documents joined by BOS in the given order and cut: [rows, CONTEXT] with BOS first in each row."""
-    flat = np.concatenate([np.concatenate([docs[i], [bos]]) for i in order])
+def rows(documents: list[np.ndarray], bos: int, order: np.ndarray) -> np.ndarray:
+    """Documents joined by BOS in the given order, cut into rows [R, CONTEXT] that start with BOS."""
+    flat = np.concatenate([np.concatenate([documents[i], [bos]]) for i in order])
     n = len(flat) // (CONTEXT - 1)
     cut = flat[: n * (CONTEXT - 1)].reshape(n, CONTEXT - 1)
     return np.concatenate([np.full((n, 1), bos), cut], axis=1)
 
 
-def batches(docs: list[np.ndarray], bos: int, seed: int) -> Iterator[torch.Tensor]:
-    """Endless [BATCH_ROWS, CONTEXT]; documents are shuffled and cut anew in each epoch."""
+def batches(documents: list[np.ndarray], bos: int, seed: int) -> Iterator[torch.Tensor]:
+    """Endless batches [BATCH_ROWS, CONTEXT]; every epoch shuffles and cuts the documents anew."""
     rng = np.random.default_rng(seed)
     while True:
-        epoch = rows(docs, bos, rng.permutation(len(docs)))
+        epoch = rows(documents, bos, rng.permutation(len(documents)))
         epoch = epoch[rng.permutation(len(epoch))]
         for i in range(0, len(epoch) - BATCH_ROWS + 1, BATCH_ROWS):
             yield torch.from_numpy(epoch[i : i + BATCH_ROWS]).long()
 
 
 def build_model(bos: int) -> GPT2LMHeadModel:
-    """The untrained model, GPT-2's architecture and initialisation."""
+    """The untrained model: GPT-2's architecture and initialization."""
     torch.manual_seed(SEED)
     config = GPT2Config(
-        vocab_size=VOCAB, n_positions=CONTEXT, n_embd=D_MODEL, n_layer=LAYERS, n_head=HEADS,
-        bos_token_id=bos, eos_token_id=bos, pad_token_id=bos,
-        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, use_cache=False,
+        vocab_size=VOCAB,
+        n_positions=CONTEXT,
+        n_embd=D_MODEL,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        bos_token_id=bos,
+        eos_token_id=bos,
+        pad_token_id=bos,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        use_cache=False,
     )
     config._attn_implementation = "sdpa"
     return GPT2LMHeadModel(config)
 
 
-def optimisers(model: GPT2LMHeadModel, lr_matrices: float, lr_rest: float) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for embeddings, biases and LayerNorm."""
+def optimizers_for(
+    model: GPT2LMHeadModel, lr_matrices: float, lr_rest: float
+) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings, biases and LayerNorm."""
     matrices = [p for n, p in model.named_parameters() if p.ndim == 2 and ".h." in n]
     chosen = {id(p) for p in matrices}
     rest = [p for p in model.parameters() if id(p) not in chosen]
-    return [
-        torch.optim.Muon(matrices, lr=lr_matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
-    ]
+    muon = torch.optim.Muon(
+        matrices, lr=lr_matrices, weight_decay=WEIGHT_DECAY, adjust_lr_fn="match_rms_adamw"
+    )
+    adamw = torch.optim.AdamW(rest, lr=lr_rest, betas=(0.9, 0.98), weight_decay=0.0, fused=True)
+    return [muon, adamw]
 
 
 def next_token_loss(model: GPT2LMHeadModel, ids: torch.Tensor) -> torch.Tensor:
     """Cross-entropy in nats of every next token: [rows, CONTEXT - 1], fp32."""
     logits = model(ids).logits[:, :-1].float()
-    return F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none").view(len(ids), -1)
+    losses = F.cross_entropy(logits.flatten(0, 1), ids[:, 1:].flatten(), reduction="none")
+    return losses.view(len(ids), -1)
 
 
-def train(model: GPT2LMHeadModel, docs: list[np.ndarray], bos: int, args: argparse.Namespace) -> list[dict]:
+def train(
+    model: GPT2LMHeadModel, documents: list[np.ndarray], bos: int, args: argparse.Namespace
+) -> list[dict]:
     """Train in place; returns the loss curve. Saves to args.out every `--save-every` seconds."""
     device = next(model.parameters()).device
-    steps = int(args.tokens // (BATCH_ROWS * CONTEXT))
-    opts = optimisers(model, args.lr_matrices, args.lr_rest)
-    base = [[g["lr"] for g in o.param_groups] for o in opts]
+    n_tokens = BATCH_ROWS * CONTEXT  # per step
+    steps = int(args.tokens // n_tokens)
+    optimizers = optimizers_for(model, args.lr_matrices, args.lr_rest)
+    first_lrs = [[group["lr"] for group in o.param_groups] for o in optimizers]
     forward = torch.compile(next_token_loss) if args.compile else next_token_loss
-    source, curve, saved = batches(docs, bos, SEED), [], time.time()
+    source, curve, saved = batches(documents, bos, SEED), [], time.time()
     bar = tqdm(range(steps), desc="training the testbed model", unit="step", mininterval=5)
     for step in bar:
         scale = min(1.0, (step + 1) / max(1, WARMUP * steps)) * (1 - step / steps)
-        for opt, lrs in zip(opts, base, strict=True):
-            for group, lr in zip(opt.param_groups, lrs, strict=True):
+        for optimizer, lrs in zip(optimizers, first_lrs, strict=True):
+            for group, lr in zip(optimizer.param_groups, lrs, strict=True):
                 group["lr"] = lr * scale
         with torch.autocast(device.type, torch.bfloat16):
             loss = forward(model, next(source).to(device)).mean()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for opt in opts:
-            opt.step()
-            opt.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         if step % 20 == 0:
-            curve.append({"step": step, "tokens": step * BATCH_ROWS * CONTEXT, "loss": round(loss.item(), 4)})
+            curve.append({"step": step, "tokens": step * n_tokens, "loss": round(loss.item(), 4)})
             bar.set_postfix(loss=f"{curve[-1]['loss']:.3f}")
         if time.time() - saved > args.save_every:
             save(model, args.out)
@@ -144,58 +162,95 @@ def save(model: GPT2LMHeadModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def evaluate(folder: Path, held: np.ndarray, bos: int) -> dict:
-    """Held-out cross-entropy of the saved folder, over all and by position; separators are not predicted."""
+def evaluate(folder: Path, heldout: np.ndarray, bos: int) -> dict:
+    """Held-out cross-entropy of the saved folder, overall and by position.
+
+    Predictions of separators are left out.
+    """
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    losses = torch.cat([next_token_loss(model, torch.from_numpy(r).long()) for r in np.array_split(held, max(1, len(held) // 16))])
-    keep = torch.from_numpy(held[:, 1:] != bos)
+    parts = np.array_split(heldout, max(1, len(heldout) // 16))
+    losses = torch.cat([next_token_loss(model, torch.from_numpy(part).long()) for part in parts])
+    keep = torch.from_numpy(heldout[:, 1:] != bos)
     keep[:, 0] = False  # the prediction made at BOS
     by_position = {}
-    for lo in (1, 2, 4, 8, 16, 32, 64, 128):
-        hi = min(2 * lo, CONTEXT - 1)
-        by_position[f"{lo}-{hi - 1}"] = losses[:, lo:hi][keep[:, lo:hi]].mean().item()
-    return {"cross_entropy": losses[keep].mean().item(), "by_position": by_position, "predictions": int(keep.sum())}
+    for first in (1, 2, 4, 8, 16, 32, 64, 128):
+        end = min(2 * first, CONTEXT - 1)
+        in_range = losses[:, first:end][keep[:, first:end]]
+        by_position[f"{first}-{end - 1}"] = in_range.mean().item()
+    return {
+        "cross_entropy": losses[keep].mean().item(),
+        "by_position": by_position,
+        "predictions": int(keep.sum()),
+    }
 
 
 @torch.no_grad()
 def samples(folder: Path, tokenizer: PreTrainedTokenizerFast, n: int = 3) -> list[str]:
-    """Text generated from BOS at temperature 0.8."""
+    """Texts generated from BOS at temperature 0.8."""
     torch.manual_seed(SEED)
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     start = torch.full((n, 1), tokenizer.bos_token_id)
-    out = model.generate(start, attention_mask=torch.ones_like(start), do_sample=True, temperature=0.8, top_k=0,
-                         max_new_tokens=100, pad_token_id=tokenizer.pad_token_id)
-    return [tokenizer.decode(row[1:], skip_special_tokens=True) for row in out]
+    generated = model.generate(
+        start,
+        attention_mask=torch.ones_like(start),
+        do_sample=True,
+        temperature=0.8,
+        top_k=0,
+        max_new_tokens=100,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return [tokenizer.decode(row[1:], skip_special_tokens=True) for row in generated]
+
+
+def arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--out", type=Path, default=HERE / "model", help="model folder (default: testbed/model)")
+    add("--tokens", type=float, default=20e6, help="training tokens (default: 20e6)")
+    add("--lr-matrices", type=float, default=LR_MATRICES)
+    add("--lr-rest", type=float, default=LR_REST)
+    add("--save-every", type=float, default=600, help="seconds between saves of the running model")
+    add("--no-compile", dest="compile", action="store_false", help="if there is no C++ compiler")
+    return parser.parse_args()
 
 
 def main() -> None:
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--out", type=Path, default=HERE / "model", help="model folder (default: testbed/model)")
-    p.add_argument("--tokens", type=float, default=20e6, help="training tokens (default: 20e6)")
-    p.add_argument("--lr-matrices", type=float, default=LR_MATRICES)
-    p.add_argument("--lr-rest", type=float, default=LR_REST)
-    p.add_argument("--save-every", type=float, default=600, help="seconds between saves of the running model")
-    p.add_argument("--no-compile", dest="compile", action="store_false", help="where there is no C++ compiler")
-    args = p.parse_args()
+    args = arguments()
     started, final = time.time(), args.out
-    args.out = final.with_name(f"{final.name}.partial")  # an interrupted run leaves the old model as it is
+    args.out = final.with_name(
+        f"{final.name}.partial"
+    )  # an interrupt leaves the old model as it is
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = train_tokenizer(args.out)
     bos = tokenizer.bos_token_id
-    docs = token_stream(tokenizer, "lm")
-    print(f"lm split: {len(docs)} documents, {sum(map(len, docs)):,} tokens; {device}, {os.cpu_count()} cores", flush=True)
+    documents = token_stream(tokenizer, "lm")
+    n_tokens = sum(map(len, documents))
+    what = f"lm split: {len(documents)} documents, {n_tokens:,} tokens"
+    print(f"{what}; {device}, {os.cpu_count()} cores", flush=True)
     model = build_model(bos).to(device)
-    curve = train(model, docs, bos, args)
+    curve = train(model, documents, bos, args)
     save(model.cpu(), args.out)
-    held_docs = token_stream(tokenizer, "heldout")
-    held = rows(held_docs, bos, np.arange(len(held_docs)))
+    heldout_documents = token_stream(tokenizer, "heldout")
+    heldout = rows(heldout_documents, bos, np.arange(len(heldout_documents)))
     metrics = {
-        "parameters": sum(x.numel() for x in model.parameters()), "tokens": int(args.tokens),
-        "lm_split_tokens": sum(map(len, docs)), "epochs": args.tokens / sum(map(len, docs)),
-        "seconds": round(time.time() - started), "device": device, "cores": os.cpu_count(), "machine": platform.machine(),
-        "corpus": corpus.load()[1], "overlap_8gram": corpus.overlap(corpus.load()[0]),
-        "model": evaluate(args.out, held, bos), "ngrams": ngram.evaluate(docs, held, bos, VOCAB),
-        "uniform": math.log(VOCAB), "samples": samples(args.out, tokenizer), "curve": curve[:: max(1, len(curve) // 60)],
+        "parameters": sum(x.numel() for x in model.parameters()),
+        "tokens": int(args.tokens),
+        "lm_split_tokens": n_tokens,
+        "epochs": args.tokens / n_tokens,
+        "seconds": round(time.time() - started),
+        "device": device,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "corpus": corpus.load()[1],
+        "overlap_8gram": corpus.overlap(corpus.load()[0]),
+        "model": evaluate(args.out, heldout, bos),
+        "ngrams": ngram.evaluate(documents, heldout, bos, VOCAB),
+        "uniform": math.log(VOCAB),
+        "samples": samples(args.out, tokenizer),
+        "curve": curve[:: max(1, len(curve) // 60)],
     }
     (args.out / "metrics.json").write_text(json.dumps(metrics, indent=1))
     shutil.rmtree(final, ignore_errors=True)

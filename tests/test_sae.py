@@ -232,7 +232,7 @@ def test_the_packed_encoder_gives_the_plain_product(width):
 
 @pytest.mark.parametrize("activation", tu.ACTIVATIONS)
 def test_bf16_is_close_and_for_training_only(activation):
-    """Only large products are in bf16, with 8 bits per value. Near-ties may be decided otherwise."""
+    """Only large products are in bf16: values have 8 bits, near-ties may be broken otherwise."""
     sae = random_sae(64, 128, 8, 5, activation=activation)
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(200, 64, generator=generator)

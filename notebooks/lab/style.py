@@ -50,7 +50,8 @@ def label_lines(ax: plt.Axes, names: dict[str, str] | None = None, size: float =
 
     `names` replaces labels by shorter ones; labels that would overlap are moved apart.
     """
-    drawn = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    named = [line for line in ax.get_lines() if not line.get_label().startswith("_")]
+    drawn = [line for line in named if np.isfinite(np.asarray(line.get_ydata(), float)).any()]
     ends = []
     for line in drawn:
         x, y = line.get_data()
