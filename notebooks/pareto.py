@@ -5,12 +5,15 @@ Tables have a row per SAE. Its size is what a curve varies: k, or an L1 coeffici
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import torch
 from lab import SYSTEMS, Interval, SAESpec, label_lines, paired_interval, plain_log, style, tu
 
+Measure = Callable[[tu.TSAE], dict]  # metrics of an SAE
 SEARCH_COLUMNS = ["system", "model", "layer", "k", "lr", "lr_lookup", "tokens", "nmse"]
 SEARCH_COLUMNS += ["l1_coefficient", "objective"]
 COLUMNS = ["model", "layer", "system", "k", "l1_coefficient", "lr", "lr_lookup", "l0"]
@@ -52,18 +55,22 @@ def describe(spec: SAESpec, size: float, sae: tu.TSAE) -> dict:
     }
 
 
-@torch.no_grad()
-def objective(sae: tu.TSAE, text: tu.Evaluator) -> dict[str, float]:
-    """{"objective": ...}: what training minimises, mean over the tokens of a text.
+def with_objective(text: tu.Evaluator) -> Measure:
+    """A measurement that adds what training minimises, mean over the tokens of the text.
 
-    It is measured as in training, where batchtopk has k active features per token on average.
+    The objective is that of training, where batchtopk has k active features per token on average.
     """
-    sae.train()
-    total = 0.0
-    for x, tokens in zip(text.x_BD.split(4096), text.tokens_BN.split(4096), strict=True):
-        total += len(x) * sae.loss(x, sae(x, tokens)).item()
-    sae.eval()
-    return {"objective": total / len(text.x_BD)}
+
+    @torch.no_grad()
+    def measure(sae: tu.TSAE) -> dict:
+        metrics, total = text(sae), 0.0
+        sae.train()
+        for x, tokens in zip(text.x_BD.split(4096), text.tokens_BN.split(4096), strict=True):
+            total += len(x) * sae.loss(x, sae(x, tokens)).item()
+        sae.eval()
+        return metrics | {"objective": total / len(text.x_BD)}
+
+    return measure
 
 
 def best_rates(search: pd.DataFrame) -> dict[str, float]:
@@ -185,7 +192,7 @@ def draw_families(table: pd.DataFrame, names: dict[str, str], paper: pd.DataFram
     for ax, (family, name) in zip(axes, names.items(), strict=True):
         draw_curves(ax, table[table.system.str.match(family)], "l0", "ce_added", paper)
         ax.set(title=name, xlabel="", ylabel="")
-    fig.supxlabel(AXES["l0"], size=11)
+    axes[len(names) // 2].set_xlabel(AXES["l0"])
     axes[0].set_ylabel(AXES["ce_added"])
     looks = {"SAE": "gated", "TSAE": "gated+lookup", "TSAE, rate 1e-4": "gated+lookup (1e-4)"}
     legend = [plt.Line2D([], [], label=name, **SYSTEMS[look]) for name, look in looks.items()]

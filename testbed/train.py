@@ -62,7 +62,7 @@ def token_stream(tokenizer: PreTrainedTokenizerFast, split: str) -> list[np.ndar
 
 
 def rows(documents: list[np.ndarray], bos: int, order: np.ndarray) -> np.ndarray:
-    """Documents joined by BOS in the given order, cut into rows [R, CONTEXT] that start with BOS."""
+    """Rows [R, CONTEXT] that start with BOS: the documents in this order, joined by BOS and cut."""
     flat = np.concatenate([np.concatenate([documents[i], [bos]]) for i in order])
     n = len(flat) // (CONTEXT - 1)
     cut = flat[: n * (CONTEXT - 1)].reshape(n, CONTEXT - 1)

@@ -381,7 +381,7 @@ class Damage:
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk", "gated", "relu"])
 def test_damaged_folders_get_one_sentence(tmp_path, kind):
-    """150 folders: truncated, flipped bits, wrong types, shapes and headers, NaN, paths in cfg.json.
+    """150 folders are truncated or have flipped bits, wrong types, shapes, values or headers.
 
     Each is refused, or the SAE is sound. `relu` has a cfg.json from before SAELens 6.
     """

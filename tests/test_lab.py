@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+from itertools import pairwise
 
 import matplotlib.pyplot as plt
 import numpy as np
@@ -420,8 +421,8 @@ def test_the_direction_is_seen_from_no_effect(claims):
 def test_labels_are_moved_apart_in_order(positions, least):
     placed = spread(positions, least)
     assert len(placed) == len(positions)
-    assert all(b - a >= least - 1e-6 for a, b in zip(placed, placed[1:], strict=False))
-    if all(b - a >= least for a, b in zip(positions, positions[1:], strict=False)):
+    assert all(b - a >= least - 1e-6 for a, b in pairwise(placed))
+    if all(b - a >= least for a, b in pairwise(positions)):
         assert placed == positions, "labels with room stay where they are"
     if positions:
         assert np.mean(placed) == pytest.approx(np.mean(positions), abs=1e-6)
@@ -438,7 +439,7 @@ def test_labels_of_lines_do_not_overlap():
     texts = {text.get_text(): text for text in ax.texts}
     assert list(texts) == ["topk", "topk+lookup", "one more", "relu", "gated"], "bottom to top"
     boxes = [text.get_window_extent() for text in ax.texts]
-    assert all(a.y1 <= b.y0 for a, b in zip(boxes, boxes[1:], strict=False))
+    assert all(a.y1 <= b.y0 for a, b in pairwise(boxes))
     assert texts["relu"].get_color() == SYSTEMS["relu"]["color"]
     plt.close(fig)
 

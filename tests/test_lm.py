@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import AutoModelForCausalLM
 
 import tsae_utils as tu
-from conftest import VOCAB, save_model
+from conftest import VOCAB, save_model, word_tokenizer
 
 
 def test_activations_equal_transformer_lens(any_folder):
-    """LayerNorm models: the centred stream of compatibility mode. RMSNorm models: the raw one. fp32, every layer."""
+    """At every layer, in fp32.
+
+    With LayerNorm it is the centred stream of compatibility mode, with RMSNorm the raw one.
+    """
     lm = tu.load_lm(any_folder, device="cpu", bf16=False)
     bridge = TransformerBridge.boot_transformers(str(any_folder), device="cpu")
     ids = torch.randint(2, VOCAB, (3, 12), generator=torch.Generator().manual_seed(0))
@@ -42,26 +47,24 @@ def test_bf16_activations_are_close(any_folder):
 def test_the_faster_gelu_is_the_same_function(lm, gpt2_folder):
     plain = AutoModelForCausalLM.from_pretrained(gpt2_folder, dtype=torch.float32).eval()
     ids = torch.randint(lm.n_vocab, (2, 16), generator=torch.Generator().manual_seed(0))
-    kinds = [
-        {type(m).__name__ for m in model.modules() if "GELU" in type(m).__name__}
-        for model in (plain, lm.model)
-    ]
-    assert kinds == [{"NewGELUActivation"}, {"GELU"}]
+
+    def gelus(model):
+        return [module for module in model.modules() if "GELU" in type(module).__name__]
+
+    assert {type(module).__name__ for module in gelus(plain)} == {"NewGELUActivation"}
+    assert {type(module).__name__ for module in gelus(lm.model)} == {"GELU"}
     with torch.no_grad():
         assert torch.allclose(plain(ids).logits, lm.model(ids).logits, atol=1e-4)
     x = torch.linspace(-6, 6, 1001)
-    acts = [
-        next(m for m in model.modules() if "GELU" in type(m).__name__)(x)
-        for model in (plain, lm.model)
-    ]
-    assert torch.allclose(*acts, atol=1e-6) and not torch.allclose(
-        acts[1], torch.nn.functional.gelu(x), atol=1e-4
-    ), "not the other GELU"
+    slow, fast = gelus(plain)[0](x), gelus(lm.model)[0](x)
+    exact = torch.nn.functional.gelu(x)
+    assert torch.allclose(slow, fast, atol=1e-6)
+    assert not torch.allclose(fast, exact, atol=1e-4), "the tanh form, not the exact one"
 
 
 def test_the_pass_stops_at_the_hook(lm):
     calls = []
-    handle = lm.blocks[2].register_forward_hook(lambda *a: calls.append(1))
+    handle = lm.blocks[2].register_forward_hook(lambda *_: calls.append(1))
     lm.activations(torch.randint(2, VOCAB, (1, 5)), [1, 2])
     assert not calls
     lm.activations(torch.randint(2, VOCAB, (1, 5)), [3])
@@ -81,25 +84,29 @@ def test_replacing_the_stream_by_itself_changes_nothing(any_folder):
 
 
 def test_positions_can_be_moved(any_folder):
-    """Positions 0, 1, 2, ... change nothing; a jump moves the tokens and hides none of those before."""
+    """Positions 0, 1, 2, ... change nothing. A jump moves tokens but hides none before it."""
     lm = tu.load_lm(any_folder, device="cpu", bf16=False)
-    ids, other = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[3, 5, 6, 7]])
-    plain = lm.activations(ids, [2])[2]
-    assert torch.allclose(
-        plain, lm.activations(ids, [2], positions_RL=torch.arange(4)[None])[2], atol=1e-5
-    )
+
+    def activations(ids, positions=None):
+        return lm.activations(ids, [2], positions_RL=positions)[2]
+
+    ids, other_start = torch.tensor([[0, 5, 6, 7]]), torch.tensor([[3, 5, 6, 7]])
+    plain = activations(ids)
+    assert torch.allclose(plain, activations(ids, torch.arange(4)[None]), atol=1e-5)
     jump = torch.tensor([[0, 8, 9, 10]])
-    moved = lm.activations(ids, [2], positions_RL=jump)[2]
+    moved, moved_other = activations(ids, jump), activations(other_start, jump)
     assert not torch.allclose(plain, moved, atol=1e-4)
-    assert not torch.allclose(
-        moved[:, 3], lm.activations(other, [2], positions_RL=jump)[2][:, 3], atol=1e-5
-    ), "BOS is still seen"
+    assert not torch.allclose(moved[:, 3], moved_other[:, 3], atol=1e-5), "BOS is still seen"
 
 
 def test_blocks_before_the_hook_are_not_run_again(lm):
     ids, calls = torch.randint(2, VOCAB, (1, 10)), []
     x = lm.activations(ids, [2])[2]
-    handles = [b.mlp.register_forward_hook(lambda m, *a, b=b: calls.append(b)) for b in lm.blocks]
+
+    def record(block):
+        return block.mlp.register_forward_hook(lambda *_: calls.append(block))
+
+    handles = [record(block) for block in lm.blocks]
     lm.losses(ids, 2, x)
     for handle in handles:
         handle.remove()
@@ -111,43 +118,36 @@ def test_patching_at_a_position_leaves_earlier_predictions(lm):
     x = lm.activations(ids, [1])[1]
     x[0, 6] = 0
     changed = (lm.losses(ids, 1, x) - lm.losses(ids)).abs()[0] > 1e-5
-    assert not changed[:6].any() and changed[6]
+    assert not changed[:6].any()
+    assert changed[6]
 
 
 def test_token_rows(lm):
+    """Rows start with BOS, documents are joined by EOS, and a last part of a row is dropped."""
     rows = tu.token_rows(["w2 w3 w4", "w5", "w6 w7 w8 w9"], lm, 4)
-    assert rows.tolist() == [[0, 2, 3, 4], [0, 1, 5, 1], [0, 6, 7, 8]], (
-        "BOS first, documents joined by EOS, the rest dropped"
-    )
-    assert tu.keep_mask(rows, lm).tolist() == [
-        [False, True, True, True],
-        [False, False, True, False],
-        [False, True, True, True],
-    ]
+    assert rows.tolist() == [[0, 2, 3, 4], [0, 1, 5, 1], [0, 6, 7, 8]]
+    kept = [[False, True, True, True], [False, False, True, False], [False, True, True, True]]
+    assert tu.keep_mask(rows, lm).tolist() == kept
     assert tu.keep_mask(rows, lm, include_bos=True).all()
-    assert tu.keep_mask(torch.tensor([[5, 6]]), lm).tolist() == [[False, True]], (
-        "position 0 never counts, whatever stands there"
-    )
+    without_bos = tu.keep_mask(torch.tensor([[5, 6]]), lm)
+    assert without_bos.tolist() == [[False, True]], "position 0 never counts, whatever stands there"
+
+
+PADS_LEFT = {"eos_token": "</s>", "padding_side": "left", "pad_token": "</s>"}
 
 
 @pytest.mark.parametrize(
     ("special", "bos", "separator"),
     [
-        (
-            {"bos_token": "<s>", "eos_token": "</s>", "padding_side": "left", "pad_token": "</s>"},
-            0,
-            1,
-        ),
+        ({"bos_token": "<s>", **PADS_LEFT}, 0, 1),
         ({"eos_token": "</s>"}, 1, 1),
         ({}, 0, 0),
     ],
     ids=["pads left", "no BOS", "neither"],
 )
 def test_rows_do_not_depend_on_the_tokenizers_habits(tmp_path, special, bos, separator):
-    lm = tu.load_lm(save_model(tmp_path / "m"), device="cpu")
-    from conftest import word_tokenizer
-
-    lm = tu.LanguageModel(lm.model, word_tokenizer(**special), "m")
+    model = tu.load_lm(save_model(tmp_path / "m"), device="cpu").model
+    lm = tu.LanguageModel(model, word_tokenizer(**special), "m")
     rows = tu.token_rows(["w2 w3", "w4 w5 w6"], lm, 4)
     assert rows.tolist() == [[bos, 2, 3, separator], [bos, 4, 5, 6]]
     assert bool(lm.bos_note) == ("bos_token" not in special), "a substitute is named"
@@ -159,43 +159,39 @@ def test_last_tokens():
     assert tu.last_tokens(ids, 3, 0).tolist() == [[[0, 0, 9], [0, 9, 2], [9, 2, 3], [2, 3, 4]]]
 
 
-def test_stream_keeps_activations_with_their_tokens(lm, rows):
-    """Layer 0 of a model without context: the activation follows from token and position, so shuffling must not part them."""
-    stream = tu.ActivationStream(
-        lm, rows, "blocks.0.hook_resid_pre", batch_size=64, buffer_tokens=512, order=2
-    )
+def test_the_stream_keeps_activations_with_their_tokens(lm, rows):
+    """At layer 0 an activation follows from token and position, so a wrong pairing shows."""
+    hook = "blocks.0.hook_resid_pre"
+    stream = tu.ActivationStream(lm, rows, hook, batch_size=64, buffer_tokens=512, order=2)
     E, P = lm.model.transformer.wte.weight, lm.model.transformer.wpe.weight
     states = E[:, None] + P[None, :16]
     states = states - states.mean(-1, keepdim=True)  # [V, L, D]
-    for _, (x, tokens) in zip(range(20), stream, strict=False):
+    for x, tokens in islice(stream, 20):
         distance = (states[tokens[:, -1]] - x[:, None]).abs().amax(-1).amin(-1)
         assert distance.max() < 1e-4
         assert (tokens[:, -1] > 1).all(), "neither BOS nor separators"
 
 
-def test_stream_is_fixed_by_its_seed_and_covers_the_rows(lm, rows):
-    def first(seed):
-        return [
-            t
-            for _, (_, t) in zip(
-                range(30),
-                tu.ActivationStream(lm, rows, "blocks.1.hook_resid_pre", 32, 256, seed),
-                strict=False,
-            )
-        ]
+def test_the_stream_is_fixed_by_its_seed_and_covers_the_rows(lm, rows):
+    def first_tokens(seed):
+        stream = tu.ActivationStream(lm, rows, "blocks.1.hook_resid_pre", 32, 256, seed)
+        return [tokens for _, tokens in islice(stream, 30)]
 
-    assert all(torch.equal(a, b) for a, b in zip(first(0), first(0), strict=True))
-    assert not all(torch.equal(a, b) for a, b in zip(first(0), first(1), strict=True))
-    seen = torch.cat(first(0)).flatten().bincount(minlength=VOCAB)
+    def equal(batches, others):
+        return all(torch.equal(a, b) for a, b in zip(batches, others, strict=True))
+
+    assert equal(first_tokens(0), first_tokens(0))
+    assert not equal(first_tokens(0), first_tokens(1))
+    seen = torch.cat(first_tokens(0)).flatten().bincount(minlength=VOCAB)
     assert (seen[2:] > 0).all()
 
 
 def test_the_buffer_follows_the_configured_context(lm, rows):
-    """Defect 8: the buffer was sized from the model's context."""
-    stream = tu.ActivationStream(
-        lm, rows, "blocks.1.hook_resid_pre", batch_size=32, buffer_tokens=256
-    )
-    assert stream.rows_per_buffer == 256 // 16 and len(stream.x) == 256
+    """The authors' code sizes the buffer from the model's context."""
+    hook = "blocks.1.hook_resid_pre"
+    stream = tu.ActivationStream(lm, rows, hook, batch_size=32, buffer_tokens=256)
+    assert stream.rows_per_buffer == 256 // 16
+    assert len(stream.x) == 256
 
 
 def test_unigram_activations(lm):

@@ -1,4 +1,4 @@
-"""Metrics by hand, and what they leave out."""
+"""Metrics by hand, and the positions they leave out."""
 
 from __future__ import annotations
 
@@ -6,9 +6,10 @@ import math
 
 import pytest
 import torch
-from test_sae import random_sae
 
 import tsae_utils as tu
+from conftest import random_sae
+from testbed import corpus
 
 HOOK = "blocks.1.hook_resid_pre"
 
@@ -26,13 +27,8 @@ class Fixed(tu.TSAE):
         self.function = function
 
     def forward(self, x, tokens):
-        return tu.TSAEOutput(
-            self.function(x),
-            torch.ones(len(x)),
-            torch.ones(1, dtype=torch.bool),
-            torch.zeros(()),
-            torch.zeros(()),
-        )
+        zero, fired = torch.zeros(()), torch.ones(1, dtype=torch.bool)
+        return tu.TSAEOutput(self.function(x), torch.ones(len(x)), fired, zero, zero)
 
 
 def test_reconstruction_error_by_hand():
@@ -40,18 +36,19 @@ def test_reconstruction_error_by_hand():
     error = tu.reconstruction_error(x, x_hat)
     assert error.nmse == pytest.approx((16 / 25 + 1 / 4) / 2)
     assert error.nmse_unsquared == pytest.approx((4 / 5 + 1 / 2) / 2)
-    # mean (1.5, 3): 4 coordinates 1.5, 1, -1.5, -1
+    # The mean is (1.5, 3), so the centred vectors are (1.5, 1) and (-1.5, -1).
     assert error.fvu == pytest.approx(17 / (2 * 1.5**2 + 2 * 1**2))
 
 
 def test_perfect_and_zero_reconstruction(evaluator):
     perfect, zero = evaluator(Fixed(lambda x: x)), evaluator(Fixed(torch.zeros_like))
-    assert perfect["nmse"] == 0 and perfect["ce_added"] == pytest.approx(0, abs=1e-4)
+    assert perfect["nmse"] == 0
+    assert perfect["ce_added"] == pytest.approx(0, abs=1e-4)
     assert perfect["ce_recovered"] == pytest.approx(1, abs=1e-4)
-    assert zero["nmse"] == 1 and zero["ce_recovered"] == pytest.approx(0, abs=1e-6)
-    assert zero["ce_added"] == pytest.approx(
-        (evaluator.ce_zero - evaluator.ce_clean) / evaluator.ce_clean
-    )
+    assert zero["nmse"] == 1
+    assert zero["ce_recovered"] == pytest.approx(0, abs=1e-6)
+    added = (evaluator.ce_zero - evaluator.ce_clean) / evaluator.ce_clean
+    assert zero["ce_added"] == pytest.approx(added)
 
 
 def test_fvu_of_the_mean_is_one(evaluator):
@@ -64,55 +61,57 @@ def test_l0_and_vectors_per_token(evaluator):
     plain = evaluator(sae)
     sae.lookup = tu.TokenLookup(torch.zeros(64, 32))
     tokenized = evaluator(sae)
-    assert 0 < plain["l0"] <= 5 and plain["vectors_per_token"] == plain["l0"]
-    assert tokenized["vectors_per_token"] == tokenized["l0"] + 1, (
-        "the table's row is a decoder vector too"
-    )
+    assert 0 < plain["l0"] <= 5
+    assert plain["vectors_per_token"] == plain["l0"]
+    # The table's row is a decoder vector too.
+    assert tokenized["vectors_per_token"] == tokenized["l0"] + 1
     assert tokenized["ce_added"] == plain["ce_added"]
 
 
 def test_bos_and_separators_are_left_out(lm, rows):
-    """Defect 5: BOS counted. Neither their reconstruction nor predictions made at BOS or of separators matter."""
+    """Neither their reconstruction nor predictions made at BOS or of separators count.
+
+    The authors' code counts BOS.
+    """
     evaluator = tu.Evaluator(lm, rows[:20], HOOK)
     ids = rows[:20].long()
-    assert evaluator.keep.sum() == ((ids > 1).sum()) and len(evaluator.x_BD) == evaluator.keep.sum()
+    assert evaluator.keep.sum() == (ids > 1).sum()
+    assert len(evaluator.x_BD) == evaluator.keep.sum()
     losses = lm.losses(ids)
-    by_hand = [
-        losses[r, i].item()
-        for r in range(20)
-        for i in range(ids.shape[1] - 1)
-        if ids[r, i] > 1 and ids[r, i + 1] > 1
-    ]
+    is_text = (ids[:, :-1] > 1) & (ids[:, 1:] > 1)
+    by_hand = losses[is_text].tolist()
     assert evaluator.ce_clean == pytest.approx(sum(by_hand) / len(by_hand), rel=1e-5)
     paper = tu.Evaluator(lm, rows[:20], HOOK, include_bos=True)
-    assert len(paper.x_BD) == ids.numel() and paper.ce_clean == pytest.approx(
-        losses.mean().item(), rel=1e-5
-    )
+    assert len(paper.x_BD) == ids.numel()
+    assert paper.ce_clean == pytest.approx(losses.mean().item(), rel=1e-5)
 
 
 def test_cross_entropy_by_hand(lm):
     ids = torch.tensor([[0, 5, 9]])
     logits = lm.model(ids).logits[0].double()
-    by_hand = [-(logits[i] - logits[i].logsumexp(0))[ids[0, i + 1]].item() for i in range(2)]
+    log_probs = [logits[i] - logits[i].logsumexp(0) for i in range(2)]
+    by_hand = [-log_probs[i][ids[0, i + 1]].item() for i in range(2)]
     assert lm.losses(ids)[0].tolist() == pytest.approx(by_hand, rel=1e-4)
-    assert lm.losses(ids).dtype == torch.float32 and not math.isnan(by_hand[0])
+    assert lm.losses(ids).dtype == torch.float32
+    assert not math.isnan(by_hand[0])
 
 
 def test_heldout_is_not_training_text():
-    """Defect 2: validation rows were training rows."""
-    from testbed import corpus
-
-    split = {(d.package, d.module, d.name): d.split for d in corpus.load(progress=False)[0]}
+    """In the authors' code, validation rows are also training rows."""
+    documents, _ = corpus.load(progress=False)
+    split = {(d.package, d.module, d.name): d.split for d in documents}
     assert set(split.values()) == set(corpus.SPLITS)
-    texts = {s: {d.text for d in corpus.documents(s)} for s in corpus.SPLITS}
+    texts = {name: {d.text for d in corpus.documents(name)} for name in corpus.SPLITS}
     assert not texts["heldout"] & (texts["lm"] | texts["sae"] | texts["tune"])
     assert not texts["tune"] & (texts["lm"] | texts["sae"])
 
 
-def test_measured_as_outside_training(evaluator):
-    """BatchTopK measured by its threshold, whatever mode the SAE is in, which stays as it was."""
+def test_saes_are_measured_in_evaluation_mode(evaluator):
+    """BatchTopK is measured by its threshold in either mode, and the mode stays as it was."""
     sae = tu.TSAE(tu.TSAEConfig(d_in=32, d_sae=64, k=4, activation="batchtopk", seed=1))
     sae.threshold.fill_(0.5)
     expected = (sae.pre_activations(evaluator.x_BD) > 0.5).sum(-1).float().mean().item()
-    assert evaluator(sae)["l0"] == pytest.approx(expected) and sae.training
-    assert evaluator(sae.eval())["l0"] == pytest.approx(expected) and not sae.training
+    assert evaluator(sae)["l0"] == pytest.approx(expected)
+    assert sae.training
+    assert evaluator(sae.eval())["l0"] == pytest.approx(expected)
+    assert not sae.training

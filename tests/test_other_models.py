@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -14,102 +15,132 @@ from torch.nn import functional as F
 
 from conftest import MODELS, ROOT, VOCAB, good_sae, res_jb, word_tokenizer
 
+WITH_PUBLISHED_SAES = (
+    "fig2_unigram_mse",
+    "fig4_feature_sharing",
+    "fig7_feature_width",
+    "tab1_feature_study",
+    "tab1_feature_study_first21",
+)
+
 
 def markov_texts(n: int) -> list[str]:
     """Documents in which each word has four likely successors: something for a model to learn."""
-    g = torch.Generator().manual_seed(0)
-    successors = torch.randint(2, VOCAB, (VOCAB, 4), generator=g)
-    state, columns = torch.randint(2, VOCAB, (n,), generator=g), []
+    generator = torch.Generator().manual_seed(0)
+    successors = torch.randint(2, VOCAB, (VOCAB, 4), generator=generator)
+    words, columns = torch.randint(2, VOCAB, (n,), generator=generator), []
     for _ in range(60):
-        columns.append(state)
-        jump = torch.rand(n, generator=g) < 0.1
-        follow = successors[state, torch.randint(4, (n,), generator=g)]
-        state = torch.where(jump, torch.randint(2, VOCAB, (n,), generator=g), follow)
+        columns.append(words)
+        jumps = torch.rand(n, generator=generator) < 0.1
+        likely = successors[words, torch.randint(4, (n,), generator=generator)]
+        words = torch.where(jumps, torch.randint(2, VOCAB, (n,), generator=generator), likely)
     return [" ".join(f"w{i}" for i in row) for row in torch.stack(columns, 1).tolist()]
 
 
-def train(
+def train_language_model(
     kind: str, texts: list[str], tokenizer, steps: int = 300
 ) -> tuple[torch.nn.Module, float]:
-    """A few hundred steps of Adam; returns the model and its last loss in nats."""
+    """(Model, its last loss in nats) after a few hundred steps of Adam."""
     torch.manual_seed(0)
-    model, g = MODELS[kind](), torch.Generator().manual_seed(1)
-    ids = torch.tensor([tokenizer(t, add_special_tokens=False)["input_ids"] for t in texts])
-    bos = torch.full(
-        (len(ids), 1),
-        tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id,
-    )
-    ids = torch.cat([bos, ids], 1)[:, :32]
-    optimiser = torch.optim.Adam(model.parameters(), lr=3e-3)
+    model, generator = MODELS[kind](), torch.Generator().manual_seed(1)
+    ids = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+    first = tokenizer.bos_token_id
+    if first is None:
+        first = tokenizer.eos_token_id
+    rows = torch.cat([torch.full((len(ids), 1), first), torch.tensor(ids)], 1)[:, :32]
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(steps):
-        batch = ids[torch.randint(len(ids), (32,), generator=g)]
-        loss = F.cross_entropy(model(batch).logits[:, :-1].flatten(0, 1), batch[:, 1:].flatten())
-        optimiser.zero_grad()
+        batch = rows[torch.randint(len(rows), (32,), generator=generator)]
+        logits = model(batch).logits[:, :-1]
+        loss = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten())
+        optimizer.zero_grad()
         loss.backward()
-        optimiser.step()
+        optimizer.step()
     return model, loss.item()
 
 
-@pytest.mark.parametrize(
-    ("kind", "special"),
-    [
-        (
-            "llama",
-            {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>", "padding_side": "left"},
-        ),  # grouped queries, RMSNorm
-        ("neox", {"eos_token": "</s>"}),  # parallel blocks, no BOS
-    ],
-    ids=["llama, pads left", "neox, no BOS"],
-)
-def test_every_notebook_on_another_model(tmp_path, kind, special):
-    texts, tokenizer = markov_texts(1500), word_tokenizer(**special)
-    model, loss = train(kind, texts, tokenizer)
-    assert loss < 3.2, "it learned the successors (uniform: 4.13 nats; their entropy: about 2)"
-    model.save_pretrained(tmp_path / kind)
-    tokenizer.save_pretrained(tmp_path / kind)
-    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    env = {
+def save_published_saes(folder: Path) -> None:
+    """SAEs of every layer in RES-JB's layout."""
+    for layer in range(3):
+        hook = f"blocks.{layer}.hook_resid_pre"
+        res_jb(folder / hook, good_sae(32), hook)
+
+
+def run_notebooks(folder: Path, kind: str) -> None:
+    """Run every notebook at profile smoke in a folder that holds model and text."""
+    environment = {
         **os.environ,
         "TSAE_MODEL": kind,
         "TSAE_CORPUS": "text.jsonl",
         "TSAE_FIGURES": "figures",
         "TSAE_CACHE": "cache",
     }
-    if kind == "neox":  # and with published SAEs of its layers, in RES-JB's layout
-        for layer in range(3):
-            res_jb(
-                tmp_path / "saes" / f"blocks.{layer}.hook_resid_pre",
-                good_sae(32),
-                f"blocks.{layer}.hook_resid_pre",
-            )
-        env["TSAE_PUBLISHED"] = "saes"
-    command = [sys.executable, str(ROOT / "notebooks" / "run.py"), "--profile", "smoke"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    out = tmp_path / "figures" / f"smoke-{kind}"
+    if (folder / "saes").exists():
+        environment["TSAE_PUBLISHED"] = "saes"
+    command = [sys.executable, str(ROOT / "tools" / "run_notebooks.py"), "--profile", "smoke"]
+    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def check_tables(out: Path, kind: str) -> None:
+    """The tables name the model, hold published SAEs where there are some, and are sane."""
     claims = pd.read_csv(out / "claims.csv", dtype=str)
-    assert (claims.model == kind).all() and len(claims) > 10
-    for id in (
-        "fig2_unigram_mse",
-        "fig4_feature_sharing",
-        "fig7_feature_width",
-        "tab1_feature_study",
-        "tab1_feature_study_first21",
-    ):
-        assert ("published" in set(pd.read_csv(out / f"{id}.csv").system)) == (kind == "neox"), id
-    assert (
-        pd.read_csv(out / "fig3_unigram_activations.csv").d_sae == (64 if kind == "neox" else 32)
-    ).all()
-    cosine = pd.read_csv(out / "fig5_ngram_patching.csv").query(
-        "row == 'mean' and measure == 'mean removed' and layer == 3"
-    )
-    by_suffix = cosine[cosine.n == 3].set_index("suffix").cosine
-    assert by_suffix["true"] > by_suffix["random"] + 0.2, "in a Markov chain the last words decide"
+    assert (claims.model == kind).all()
+    assert len(claims) > 10
+    is_published = kind == "neox"
+    for id in WITH_PUBLISHED_SAES:
+        systems = set(pd.read_csv(out / f"{id}.csv").system)
+        assert ("published" in systems) == is_published, id
+    widths = pd.read_csv(out / "fig3_unigram_activations.csv").d_sae
+    assert (widths == (64 if is_published else 32)).all()
+    cosine = pd.read_csv(out / "fig5_ngram_patching.csv")
+    cosine = cosine.query("row == 'mean' and measure == 'mean removed' and layer == 3 and n == 3")
+    by_suffix = cosine.set_index("suffix").cosine
+    margin = by_suffix["true"] - by_suffix["random"]
+    assert margin > 0.2, "in a Markov chain the last words decide"
+
+
+def check_pareto(out: Path) -> None:
+    """Systems of a short training are sane, and the tokens of the table matter."""
     pareto = pd.read_csv(out / "fig6_pareto.csv").groupby("system").mean(numeric_only=True)
-    assert (pareto.ce_clean < 3.6).all() and (pareto.nmse > 0).all()
-    assert pareto.nmse[~pareto.index.str.contains("relu|gated")].between(0, 2).all(), (
-        "an L1 SAE of eight steps is not sane yet"
-    )
-    assert pareto.nmse["topk+lookup"] < pareto.nmse["topk+shuffled-lookup"], (
-        "a table over the wrong tokens is worse"
-    )
+    assert (pareto.ce_clean < 3.6).all()
+    assert (pareto.nmse > 0).all()
+    # An SAE with an L1 term is not sane after eight steps.
+    has_l1 = pareto.index.str.contains("relu|gated")
+    assert pareto.nmse[~has_l1].between(0, 2).all()
+    assert pareto.nmse["topk+lookup"] < pareto.nmse["topk+shuffled-lookup"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "special"),
+    [
+        # Grouped queries and RMSNorm.
+        (
+            "llama",
+            {
+                "bos_token": "<s>",
+                "eos_token": "</s>",
+                "pad_token": "</s>",
+                "padding_side": "left",
+            },
+        ),
+        # Parallel blocks; published SAEs are given too.
+        ("neox", {"eos_token": "</s>"}),
+    ],
+    ids=["llama, pads left", "neox, no BOS"],
+)
+def test_every_notebook_on_another_model(tmp_path, kind, special):
+    texts, tokenizer = markov_texts(1500), word_tokenizer(**special)
+    model, loss = train_language_model(kind, texts, tokenizer)
+    # A uniform guess costs 4.13 nats, and the entropy of the successors is about 2.
+    assert loss < 3.2, "it learned the successors"
+    model.save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (tmp_path / "text.jsonl").write_text("".join(lines))
+    if kind == "neox":
+        save_published_saes(tmp_path / "saes")
+    run_notebooks(tmp_path, kind)
+    out = tmp_path / "figures" / f"smoke-{kind}"
+    check_tables(out, kind)
+    check_pareto(out)
