@@ -14,6 +14,7 @@ import torch
 from features import Text
 from lab import Interval, bootstrap_interval, tu
 from torch import Tensor
+from torch.nn import functional as F
 
 
 class Ngrams(NamedTuple):
@@ -30,6 +31,11 @@ class Responses(NamedTuple):
     feature: Tensor  # [G], the feature of each n-gram
     predicted: Tensor  # [T, F], the n-grams that activate a feature most; -1 where too few do
     fires: Tensor  # [F], the number of n-grams on which a feature fires
+
+    @property
+    def sharers(self) -> np.ndarray:
+        """How many n-grams have the feature of each n-gram, itself included [G]."""
+        return torch.bincount(self.feature)[self.feature].numpy()
 
 
 @torch.no_grad()
@@ -105,6 +111,12 @@ def matching_shares(
         shares["top"] = (observed_TC[0] == predicted_TC[0]).float().mean().item()
         shares["any"] = is_same.flatten(0, 1).any(0).float().mean().item()
     return shares
+
+
+def unit_embeddings(lm: tu.LanguageModel, tokens_G1: Tensor) -> Tensor:
+    """Embeddings of unigrams without the vocabulary's mean, at length 1 [G, D]."""
+    embedding = lm.model.get_input_embeddings().weight.detach().float().cpu()
+    return F.normalize(embedding[tokens_G1[:, 0]] - embedding.mean(0), dim=-1)
 
 
 def likeness(unit_GD: Tensor, feature_G: Tensor) -> np.ndarray:
