@@ -1,4 +1,4 @@
-"""What features respond to: locality gives planted features the measure they should have; n-grams are counted right."""
+"""Planted features get the locality they should have; n-grams are counted right."""
 
 from __future__ import annotations
 
@@ -7,23 +7,38 @@ import pytest
 import torch
 from lab import PROFILES
 
-COMMON, RARE = 20, 1000  # tokens 0..19 make up the text; one in twenty is instead one of a thousand others
+COMMON, RARE = (
+    20,
+    1000,
+)  # tokens 0..19 make up the text; one in twenty is instead one of a thousand others
 
 
 @pytest.fixture(scope="module")
 def planted() -> tuple[torch.Tensor, list[torch.Tensor], torch.Tensor]:
-    """Activations of a unigram, a bigram, a trigram, a rare-bigram, a long-range and a random feature on 60,000 tokens."""
+    """Six features on 60,000 tokens: uni-, bi- and trigram, rare bigram, long-range, random."""
     g = torch.Generator().manual_seed(0)
     ids = torch.randint(COMMON, (300, 203), generator=g)
     rare = torch.rand(ids.shape, generator=g) < 0.05
     ids = torch.where(rare, torch.randint(COMMON, COMMON + RARE, ids.shape, generator=g), ids)
-    t, s, r = ids[:, 3:], ids[:, 2:-1], ids[:, 1:-2]  # the token, the one before it, the one before that
-    memorised = (t >= COMMON) & ((t * 31 + s) * 2654435761 % 1000 < 300)  # pairs seen about once in all the text
+    t, s, r = (
+        ids[:, 3:],
+        ids[:, 2:-1],
+        ids[:, 1:-2],
+    )  # the token, the one before it, the one before that
+    memorised = (t >= COMMON) & (
+        (t * 31 + s) * 2654435761 % 1000 < 300
+    )  # pairs seen about once in all the text
     long_range = torch.roll(ids, 40, dims=1)[:, 3:] < 2
     chance = torch.rand(t.shape, generator=g) < 0.1
-    on = torch.stack([t < 2, (t < 4) & (s < 10), (t < 8) & (s < 10) & (r < 10), memorised, long_range, chance], -1)
+    on = torch.stack(
+        [t < 2, (t < 4) & (s < 10), (t < 8) & (s < 10) & (r < 10), memorised, long_range, chance],
+        -1,
+    )
     acts = on * (1 + 0.1 * torch.rand(on.shape, generator=g))
-    groups = [torch.unique(torch.stack(last, -1).view(-1, len(last)), dim=0, return_inverse=True)[1] for last in ([t], [s, t], [r, s, t])]
+    groups = [
+        torch.unique(torch.stack(last, -1).view(-1, len(last)), dim=0, return_inverse=True)[1]
+        for last in ([t], [s, t], [r, s, t])
+    ]
     return acts.flatten(0, 1), groups, torch.arange(300).repeat_interleave(200)
 
 
@@ -33,13 +48,17 @@ def test_locality_of_planted_features(planted):
     assert (uni > 0.97).all(), "the token decides"
     assert 0.3 < bi[0] < 0.55 and (bi[1:] > 0.9).all(), "two tokens decide, one knows half"
     assert tri[0] < 0.25 and 0.3 < tri[1] < 0.55 and tri[2] > 0.8, "three tokens decide"
-    assert all(-0.1 < v < 0.05 for v in [*far, *noise]), "what the last tokens do not decide has no locality"
+    assert all(-0.1 < v < 0.05 for v in [*far, *noise]), (
+        "what the last tokens do not decide has no locality"
+    )
     assert rare[2] < 0.5, "pairs seen once or twice are little evidence"
-    assert coverage[0].min() > 0.9 and coverage[2, 3] < 0.3 and coverage[2, 2] > 0.9, "and coverage says that they were not seen"
+    assert coverage[0].min() > 0.9 and coverage[2, 3] < 0.3 and coverage[2, 2] > 0.9, (
+        "and coverage says that they were not seen"
+    )
 
 
 def test_rare_ngrams_do_not_inflate(planted):
-    """Without shrinkage, random activations on n-grams seen once look worse than nothing; with it they stay near 0."""
+    """Shrinkage keeps random activations on n-grams seen once near 0; without it they fall."""
     acts, groups, document = planted
     raw = ft.locality(acts[:, 5:], groups, document, shrinkage=1e-9)[0][2]
     shrunk = ft.locality(acts[:, 5:], groups, document)[0][2]
@@ -47,7 +66,7 @@ def test_rare_ngrams_do_not_inflate(planted):
 
 
 def test_folds_are_documents():
-    """A feature that fires all through one document is not local, though its tokens repeat within it."""
+    """A feature that fires all through one document is not local, though its tokens repeat."""
     document = torch.arange(20).repeat_interleave(100)
     token = document * 5 + torch.arange(2000) % 5  # every document has its own five tokens
     acts = (document % 4 == 0).float().unsqueeze(-1)
@@ -70,8 +89,15 @@ def test_common_grams_by_hand(lm):
         p = PROFILES["record"]
 
     bench = Bench()
-    bench.lm, bench.train_rows = lm, torch.tensor([[0, 2, 3, 4, 2, 3], [0, 2, 3, 1, 3, 4]])  # 0 BOS, 1 separator
+    bench.lm, bench.train_rows = (
+        lm,
+        torch.tensor([[0, 2, 3, 4, 2, 3], [0, 2, 3, 1, 3, 4]]),
+    )  # 0 BOS, 1 separator
     grams, count = ft.common_grams(bench, 2, 2)
     assert grams.tolist() == [[2, 3], [3, 4]] and count.tolist() == [3, 2]
     grams, count = ft.common_grams(bench, 3, 10)
-    assert sorted(map(tuple, grams.tolist())) == [(2, 3, 4), (3, 4, 2), (4, 2, 3)] and count.tolist() == [1, 1, 1]
+    assert sorted(map(tuple, grams.tolist())) == [
+        (2, 3, 4),
+        (3, 4, 2),
+        (4, 2, 3),
+    ] and count.tolist() == [1, 1, 1]

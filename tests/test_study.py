@@ -1,4 +1,4 @@
-"""The blind study's kit and the dashboards: what is hidden stays hidden, and unblinding gives the scores back to their systems."""
+"""The blind study's kit hides its sources and unblinding finds them; dashboards are right."""
 
 from __future__ import annotations
 
@@ -52,11 +52,18 @@ def fill(kit, value) -> None:
 def test_the_kit_hides_its_source_and_unblinding_finds_it(kit):
     page, key = (kit / "items.html").read_text(), json.loads((kit / "key.json").read_text())
     assert re.findall("<h2>(.*?)</h2>", page) == list(key) == [f"item {i:02d}" for i in range(1, 7)]
-    assert [k["system"] for k in key.values()] not in (["one"] * 3 + ["two"] * 3, ["two"] * 3 + ["one"] * 3), "shuffled"
+    assert [k["system"] for k in key.values()] not in (
+        ["one"] * 3 + ["two"] * 3,
+        ["two"] * 3 + ["one"] * 3,
+    ), "shuffled"
     assert not any(f"feature {k['feature']}" in page for k in key.values())
     fill(kit, {"one": 9, "two": 2}.get)
     table = blind_study.unblind(kit).set_index(["system", "scale"])["mean"]
-    assert table["one", "interpretability"] == 9 and table["two", "interpretability"] == 2 and table["one", "complexity"] == 5
+    assert (
+        table["one", "interpretability"] == 9
+        and table["two", "interpretability"] == 2
+        and table["one", "complexity"] == 5
+    )
 
 
 def test_scores_are_checked_and_kept(lab, saes, text, kit):
@@ -67,8 +74,12 @@ def test_scores_are_checked_and_kept(lab, saes, text, kit):
         blind_study.unblind(kit)
     fill(kit, lambda system: 7)
     study_kit.make_kit(lab, saes, text, 3, kit)
-    assert set(blind_study.unblind(kit)["mean"]) == {5.0, 7.0}, "making the kit again keeps what was scored"
-    done = subprocess.run([sys.executable, ROOT / "tools" / "blind_study.py", kit], capture_output=True, text=True)
+    assert set(blind_study.unblind(kit)["mean"]) == {5.0, 7.0}, (
+        "making the kit again keeps what was scored"
+    )
+    done = subprocess.run(
+        [sys.executable, ROOT / "tools" / "blind_study.py", kit], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "complexity" in done.stdout
     scores = pd.read_csv(kit / "scores.csv")
     scores.iloc[1:].to_csv(kit / "scores.csv", index=False)
@@ -81,23 +92,38 @@ def test_a_dashboard_by_what_it_shows(lab, saes, text):
     d = ft.describe(lab, sae, feature, text, contexts=3)
     acts = ft.activations(sae, text.x)[:, feature]
     strongest = d[(d.row == "context") & (d.place == 0)]
-    assert strongest.value.iloc[0] == pytest.approx(acts.max().item()) and strongest.value.is_monotonic_decreasing
+    assert (
+        strongest.value.iloc[0] == pytest.approx(acts.max().item())
+        and strongest.value.is_monotonic_decreasing
+    )
     assert d[d.row == "histogram"].value.sum() == (acts > 0).sum()
-    assert d[(d.row == "number") & (d.token == "frequency")].value.iloc[0] == pytest.approx((acts > 0).float().mean().item())
+    assert d[(d.row == "number") & (d.token == "frequency")].value.iloc[0] == pytest.approx(
+        (acts > 0).float().mean().item()
+    )
     effect = ft.logit_directions(lab.lm) @ sae.W_dec[feature].detach()
     assert d[d.row == "boosted"].value.iloc[0] == pytest.approx(effect.max().item(), rel=1e-5)
 
 
 def test_html_escapes_tokens():
-    d = pd.DataFrame([{"row": "number", "token": "frequency", "value": 0.1}, {"row": "number", "token": "greatest", "value": 2.0},
-                      {"row": "context", "rank": 1, "place": 0, "token": "<script>\n", "value": 2.0},
-                      {"row": "boosted", "rank": 1, "token": "a&b", "value": 1.0}])
+    d = pd.DataFrame(
+        [
+            {"row": "number", "token": "frequency", "value": 0.1},
+            {"row": "number", "token": "greatest", "value": 2.0},
+            {"row": "context", "rank": 1, "place": 0, "token": "<script>\n", "value": 2.0},
+            {"row": "boosted", "rank": 1, "token": "a&b", "value": 1.0},
+        ]
+    )
     page = dashboard.page({"x": d}, "t")
-    assert "<script>" not in page and "&lt;script&gt;⏎" in page and "a&amp;b" in page and "rgba(213, 94, 0, 0.85)" in page
+    assert (
+        "<script>" not in page
+        and "&lt;script&gt;⏎" in page
+        and "a&amp;b" in page
+        and "rgba(213, 94, 0, 0.85)" in page
+    )
 
 
 def test_logit_directions_are_the_models(lab):
-    """Adding d to the stream before the head changes the logits by W_U (gain * centred d) / scale."""
+    """Adding d to the stream before the head changes logits by W_U (gain * centred d) / scale."""
     import torch
 
     lm = lab.lm

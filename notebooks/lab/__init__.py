@@ -258,8 +258,7 @@ class Lab:
         found = list(intervals.values())
         verdict = claims.decide(found, **rule)
         if is_papers_setting(self.p) and verdict != "not tested":
-            null, above, below = (rule.get(key) for key in ("null", "above", "below"))
-            signed = claims.has_claimed_sign(found, above, below, null)
+            signed = claims.has_claimed_sign(found, **rule)
             failed = "direction only" if signed else "not reproduced"
             verdict = "reproduced" if verdict == "holds" else failed
         weakest = claims.weakest(found, rule.get("below")) if found else None

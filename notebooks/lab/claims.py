@@ -78,14 +78,22 @@ def decide(
 
 
 def has_claimed_sign(
-    intervals: list[Interval], above: float | None, below: float | None, null: float | None
+    intervals: list[Interval],
+    above: float | None = None,
+    below: float | None = None,
+    between: tuple[float, float] | None = None,
+    null: float | None = None,
 ) -> bool:
     """Whether every estimate lies on the claimed side of the null value."""
-    if above is not None:
-        return all(i.value > (above if null is None else null) for i in intervals)
-    if below is not None:
-        return all(i.value < (below if null is None else null) for i in intervals)
-    return False
+    if between is not None:
+        if null is None:  # a claim of no effect has no side
+            return False
+        middle = sum(between) / 2
+        above, below = (null, None) if middle > null else (None, null)
+    null = (above if below is None else below) if null is None else null
+    if below is None:
+        return all(i.value > null for i in intervals)
+    return all(i.value < null for i in intervals)
 
 
 def as_text(intervals: Mapping[str, Interval], fmt: str) -> str:
