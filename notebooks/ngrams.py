@@ -1,7 +1,7 @@
-"""Common n-grams and the features that respond to them (figure 4).
+"""Common n-grams with the features that respond to them, and hidden states of n-grams alone.
 
-Axes: G n-grams, n tokens per n-gram, P positions of text, D d_in, F d_sae, C chosen features,
-T n-grams kept per feature.
+Used by figures 4 and 5. Axes: G n-grams, n tokens per n-gram, R rows of text, L tokens per row,
+P positions of text, D d_in, F d_sae, C chosen features, T n-grams kept per feature.
 """
 
 from __future__ import annotations
@@ -186,3 +186,85 @@ def owning_by_count(owners: pd.DataFrame) -> tuple[pd.DataFrame, pd.DataFrame]:
     bins = owners.assign(count=bin_centre).groupby(["system", "seed", "n", "count"])
     bins = bins.agg(owns=("owns", "mean"), sharers=("sharers", "median"), grams=("owns", "size"))
     return pd.DataFrame(slopes), bins.reset_index().assign(row="bin")
+
+
+class HeldoutStates(NamedTuple):
+    """Held-out text with its hidden states after each block."""
+
+    ids: Tensor  # [R, L]
+    keep: Tensor  # [R, L], the positions that count
+    layers: list[int]  # 1 to the last; layer 0, the embedding, is left out
+    states: list[Tensor]  # [R, L, D] per layer
+    means: list[Tensor]  # [D] per layer, over the positions that count
+
+    def cosines(self, at_P2: Tensor, states: list[Tensor]) -> dict[str, np.ndarray]:
+        """Cosines [layers, P] of `states` with the true ones, raw and with the mean removed."""
+        raw, centred = [], []
+        for true, state, mean in zip(self.states, states, self.means, strict=True):
+            true = true[at_P2[:, 0], at_P2[:, 1]]
+            raw.append(F.cosine_similarity(true, state))
+            centred.append(F.cosine_similarity(true - mean, state - mean))
+        both = {"raw": torch.stack(raw), "mean removed": torch.stack(centred)}
+        return {name: cosine.cpu().numpy() for name, cosine in both.items()}
+
+
+def read_states(lm: tu.LanguageModel, ids_RL: Tensor) -> HeldoutStates:
+    """The hidden states of every position after every block."""
+    layers = list(range(1, lm.n_layers + 1))
+    parts = [lm.activations(part, layers) for part in ids_RL.split(16)]
+    states = [torch.cat([part[layer] for part in parts]) for layer in layers]
+    keep = tu.keep_mask(ids_RL, lm)
+    means = [state[keep.to(state.device)].mean(0) for state in states]
+    return HeldoutStates(ids_RL, keep, layers, states, means)
+
+
+def draw_positions(keep_RL: Tensor, n: int, per_row: int, generator: torch.Generator) -> Tensor:
+    """Rows and columns [P, 2] of positions in second halves of rows whose last n tokens count."""
+    is_text = keep_RL.clone()
+    for shift in range(1, n):
+        is_text[:, shift:] &= keep_RL[:, :-shift]
+    is_text[:, : keep_RL.shape[1] // 2] = False
+    positions = []
+    for row in range(len(is_text)):
+        columns = torch.nonzero(is_text[row]).squeeze(-1)
+        columns = columns[torch.randperm(len(columns), generator=generator)]
+        positions += [(row, int(column)) for column in columns[:per_row]]
+    return torch.tensor(positions)
+
+
+def swapped(at_P2: Tensor, generator: torch.Generator) -> Tensor:
+    """The same positions in another order, such that none keeps its place [P, 2]."""
+    order, others = torch.randperm(len(at_P2), generator=generator), at_P2.clone()
+    others[order] = at_P2[order.roll(1)]
+    return others
+
+
+def longest_passage(keep_RL: Tensor, n: int, longest: int = 24) -> Tensor:
+    """Rows and columns [P, 2] of a stretch of text, at every place of which n tokens count."""
+    for length in range(min(longest, keep_RL.shape[1] - n + 1), 0, -1):
+        window = length + n - 1
+        starts = torch.nonzero(keep_RL.long().unfold(1, window, 1).sum(-1) == window)
+        if len(starts):
+            break
+    row, start = starts[len(starts) // 3].tolist()
+    return torch.tensor([[row, start + n - 1 + i] for i in range(length)])
+
+
+def suffix_states(
+    lm: tu.LanguageModel, text: HeldoutStates, at_P2: Tensor, n: int, keep_positions: bool = False
+) -> list[Tensor]:
+    """Hidden states [P, D] per layer of the prompts [BOS, last n tokens].
+
+    Their tokens stand at positions 1 to n, or with `keep_positions` where the text has them.
+    """
+    row, column = at_P2.T
+    columns = column[:, None] + torch.arange(1 - n, 1)
+    bos = torch.full((len(row), 1), lm.bos_id)
+    prompts = torch.cat([bos, text.ids[row[:, None], columns]], 1)
+    positions = torch.cat([torch.zeros_like(bos), columns], 1)
+    parts = []
+    for i in range(0, len(row), 512):
+        batch = slice(i, i + 512)
+        batch_positions = positions[batch] if keep_positions else None
+        parts.append(lm.activations(prompts[batch], text.layers, positions_RL=batch_positions))
+    return [torch.cat([part[layer][:, -1] for part in parts]) for layer in text.layers]
