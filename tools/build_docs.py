@@ -54,15 +54,15 @@ def claims_by_origin() -> dict[str, pd.DataFrame]:
 
 def count_verdicts(claims: pd.DataFrame) -> str:
     """Verdicts in words: "31 hold, 2 are reversed, ..."."""
-    words = {
-        "holds": "hold",
-        "reversed": "are reversed",
-        "does not hold": "do not hold",
-        "undecided": "are undecided",
-        "not tested": "are not tested",
+    words = {  # for one, for several
+        "holds": ("holds", "hold"),
+        "reversed": ("is reversed", "are reversed"),
+        "does not hold": ("does not hold", "do not hold"),
+        "undecided": ("is undecided", "are undecided"),
+        "not tested": ("is not tested", "are not tested"),
     }
     count = claims.verdict.value_counts()
-    return ", ".join(f"{count[v]} {words[v]}" for v in VERDICTS if v in count)
+    return ", ".join(f"{count[v]} {words[v][count[v] > 1]}" for v in VERDICTS if v in count)
 
 
 def headline() -> str:
@@ -86,8 +86,9 @@ def headline() -> str:
         f"paper's, is {ratios(to_baseline)}. The ratio to the best control at each k is",
         f"{ratios(to_best)}. These controls had no search of their own for the start of the",
         "encoder, so a stronger baseline may exist.",
-        f"Of the paper's {len(origins['paper'])} claims {count_verdicts(origins['paper'])}.",
-        f"Of our {len(origins['ours'])} controls {count_verdicts(origins['ours'])}",
+        f"Of the paper's {len(origins['paper'])} claims, {count_verdicts(origins['paper'])}.",
+        f"Of our own {len(origins['ours'])} claims, mostly controls,",
+        count_verdicts(origins["ours"]),
         "([scorecard](docs/results.md)).",
     )
 
