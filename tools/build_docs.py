@@ -62,7 +62,7 @@ def count_verdicts(claims: pd.DataFrame) -> str:
         "not tested": ("is not tested", "are not tested"),
     }
     count = claims.verdict.value_counts()
-    return ", ".join(f"{count[v]} {words[v][count[v] > 1]}" for v in VERDICTS if v in count)
+    return ", ".join(f"{count[v]} {words[v][int(count[v] > 1)]}" for v in VERDICTS if v in count)
 
 
 def headline() -> str:
