@@ -1,4 +1,4 @@
-"""Round trips with the real sae_lens, in an environment of its own: make saelens
+"""Round trips with the real sae_lens, in an environment of its own: make test-saelens
 
     PYTHONPATH=. .venv-peers/bin/python -m pytest -q tests/saelens_round_trips.py
 

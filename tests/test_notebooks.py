@@ -44,6 +44,12 @@ def figure_id(path: Path) -> str:
     return path.stem[3:]
 
 
+@pytest.fixture(scope="module")
+def fingerprint() -> str:
+    """Of the committed language model."""
+    return tu.load_lm(ROOT / "testbed" / "model", device="cpu").fingerprint
+
+
 def test_there_are_notebooks():
     assert [p.name[:2] for p in NOTEBOOKS] == [f"{n:02d}" for n in (*range(14), 17, 99)]
 
@@ -97,15 +103,14 @@ def test_the_answer_is_the_takeaway(path):
 
 
 @every_figure
-def test_committed_figure(path):
+def test_committed_figure(path, fingerprint):
     """Each notebook left CSV, record, claims and both pictures, on the committed model."""
     name = figure_id(path)
     for suffix in (".csv", ".json", "_claims.csv", ".png", ".pdf"):
         assert (RECORD / f"{name}{suffix}").is_file(), suffix
     record = json.loads((RECORD / f"{name}.json").read_text())
     assert record["profile"]["name"] == "record" and record["model"] == "testbed"
-    testbed = tu.load_lm(ROOT / "testbed" / "model", device="cpu")
-    assert record["model_hash"] == testbed.fingerprint, "the record is of another model"
+    assert record["model_hash"] == fingerprint, "the record is of another model"
 
 
 @every_figure
@@ -201,12 +206,11 @@ def test_snippets_of_the_documents_run(tmp_path, monkeypatch):
             exec(compile(block, name, "exec"), {})
 
 
-def test_the_repository_is_light():
+def test_the_repository_is_light(fingerprint):
     weights = (ROOT / "testbed" / "model").glob("*.safetensors")
     assert sum(file.stat().st_size for file in weights) <= 16 * 2**20
     saes = ROOT / "testbed" / "saes"
     assert sum(file.stat().st_size for file in saes.rglob("*") if file.is_file()) <= 16 * 2**20
-    fingerprint = tu.load_lm(ROOT / "testbed" / "model").fingerprint
     for folder in ("topk", "topk+lookup"):
         metadata = tu.read_cfg(saes / folder)["metadata"]
         assert metadata["tokenized"]["model_hash"] == fingerprint

@@ -295,7 +295,7 @@ def kill_after_a_checkpoint(process: subprocess.Popen, checkpoint: Path, delay: 
 def test_a_run_killed_at_random_moments_ends_the_same(text_folder, gpt2_folder):
     """SIGKILL hits train.py inside steps and inside writes; its weights end byte for byte the same.
 
-    `make kill` does it twenty times.
+    `make test-resume` does it twenty times.
     """
     wanted = int(os.environ.get("TSAE_KILLS", 3))
     budget = ("--checkpoint-every", "100", "--tokens", str(3000 * wanted))

@@ -184,7 +184,8 @@ def test_the_threshold_of_batchtopk_does_not_lag_in_a_short_run():
     stream = PlantedStream(True)
     sae = tu.TSAE(tu.TSAEConfig(d_in=D, d_sae=2 * FEATURES, k=ACTIVE, activation="batchtopk"))
     tu.train({"a": sae}, stream, tu.TrainConfig(tokens=120 * 512, lr=1e-2), progress=False)
-    l0 = sae(*stream.batch()).l0.float().mean().item()
+    l0s = [sae(*stream.batch()).l0.float().mean().item() for _ in range(40)]  # one batch is noisy
+    l0 = sum(l0s) / len(l0s)
     assert abs(l0 - ACTIVE) < 0.03 * ACTIVE, l0
 
 
