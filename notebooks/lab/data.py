@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,10 +16,8 @@ from safetensors.torch import load_file, save_file
 import tsae_utils as tu
 from testbed import corpus as testbed_corpus
 
+from .context import Context
 from .profiles import ROOT
-
-if TYPE_CHECKING:
-    from . import Lab
 
 
 def save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -95,7 +92,7 @@ def documents(corpus: str, split: str) -> Iterator[str]:
             yield text
 
 
-def rows(lab: Lab, split: str, tokens: float, corpus: str) -> torch.Tensor:
+def rows(lab: Context, split: str, tokens: float, corpus: str) -> torch.Tensor:
     """Token rows [R, L] of a split, about `tokens` of them, evenly spaced over what is read.
 
     Documents may come in the order of their packages, so the beginning is no sample. At most
@@ -116,7 +113,7 @@ def rows(lab: Lab, split: str, tokens: float, corpus: str) -> torch.Tensor:
     return load_file(path)["rows"]
 
 
-def read_rows(lab: Lab, split: str, tokens: float, corpus: str, limit: float) -> torch.Tensor:
+def read_rows(lab: Context, split: str, tokens: float, corpus: str, limit: float) -> torch.Tensor:
     """Token rows of at most `limit` tokens, thinned evenly to about `tokens`."""
     try:
         every = tu.token_rows(
@@ -134,7 +131,7 @@ def read_rows(lab: Lab, split: str, tokens: float, corpus: str, limit: float) ->
     return every[torch.linspace(0, len(every) - 1, wanted).long()]
 
 
-def unigrams(lab: Lab, layer: int) -> torch.Tensor:
+def unigrams(lab: Context, layer: int) -> torch.Tensor:
     """A([BOS, t])_1 of every token [V, D], cached."""
     precision = "" if lab.lm.bf16 else "-fp32"
     path = lab.cache / f"unigrams-{lab.lm.fingerprint}-{layer}{precision}.safetensors"
@@ -144,7 +141,7 @@ def unigrams(lab: Lab, layer: int) -> torch.Tensor:
     return load_file(path)["unigrams"].to(lab.lm.device)
 
 
-def token_means(lab: Lab, layer: int) -> torch.Tensor:
+def token_means(lab: Context, layer: int) -> torch.Tensor:
     """Mean activation of every token over a million training tokens [V, D].
 
     Tokens that do not occur get the mean of all.

@@ -9,16 +9,13 @@ import textwrap
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
+from .context import Context
 from .profiles import ROOT
-
-if TYPE_CHECKING:
-    from . import Lab
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -29,7 +26,7 @@ def write(folder: Path, name: str, text: str) -> Path:
     return partial.replace(folder / name)
 
 
-def run(lab: Lab, measure: Callable, suffixes: tuple[str, ...]):
+def run(lab: Context, measure: Callable, suffixes: tuple[str, ...]):
     """Tables of `measure()` by way of their CSVs; a redraw only reads the CSVs."""
     if not lab.replay:
         tables = measure()
@@ -40,7 +37,7 @@ def run(lab: Lab, measure: Callable, suffixes: tuple[str, ...]):
     return saved[0] if len(saved) == 1 else saved
 
 
-def save_csv(lab: Lab, table: pd.DataFrame, suffix: str) -> None:
+def save_csv(lab: Context, table: pd.DataFrame, suffix: str) -> None:
     """Write <id><suffix>.csv and, beside the main table, <id>.json: what was run on what."""
     text = table.to_csv(index=False, float_format="%.6g")
     write(lab.out, f"{lab.id}{suffix}.csv", text)
@@ -61,7 +58,7 @@ def save_csv(lab: Lab, table: pd.DataFrame, suffix: str) -> None:
     write(lab.out, f"{lab.id}.json", json.dumps(record, indent=1) + "\n")
 
 
-def read_csv(lab: Lab, suffix: str) -> pd.DataFrame:
+def read_csv(lab: Context, suffix: str) -> pd.DataFrame:
     """A saved table. Raises FileNotFoundError where the notebook has not run."""
     path = lab.out / f"{lab.id}{suffix}.csv"
     if not path.exists():
@@ -71,7 +68,7 @@ def read_csv(lab: Lab, suffix: str) -> pd.DataFrame:
     return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "None" is a token
 
 
-def savefig(lab: Lab, figure: plt.Figure, title: str, suffix: str) -> None:
+def savefig(lab: Context, figure: plt.Figure, title: str, suffix: str) -> None:
     """Give the figure its title, a true sentence, and write <id><suffix>.png and .pdf.
 
     The PNG carries the title as its description, from which alt texts are made.

@@ -7,7 +7,6 @@ import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -15,8 +14,7 @@ from filelock import FileLock
 
 import tsae_utils as tu
 
-if TYPE_CHECKING:
-    from . import Lab
+from .context import Context
 
 CACHE_VERSION = {"batchtopk": 4}  # 3 elsewhere; raise when training makes other weights
 
@@ -50,7 +48,7 @@ class SAESpec:
         return bool(self.start)
 
 
-def new_sae(lab: Lab, spec: SAESpec, layer: int, seed: int) -> tu.TSAE:
+def new_sae(lab: Context, spec: SAESpec, layer: int, seed: int) -> tu.TSAE:
     """The SAE before training, with its table at its start."""
     cfg = tu.TSAEConfig(
         d_in=lab.lm.d_model,
@@ -75,7 +73,7 @@ def new_sae(lab: Lab, spec: SAESpec, layer: int, seed: int) -> tu.TSAE:
     return tu.TSAE(cfg, lookup).to(lab.lm.device)
 
 
-def train_config(lab: Lab, spec: SAESpec, tokens: int) -> tu.TrainConfig:
+def train_config(lab: Context, spec: SAESpec, tokens: int) -> tu.TrainConfig:
     """How a specification is trained on a budget."""
     window = dead_window(tokens)
     return tu.TrainConfig(
@@ -95,7 +93,7 @@ def dead_window(tokens: int) -> int:
     return min(tu.TrainConfig().dead_window, tokens // 4)
 
 
-def cache_folder(lab: Lab, spec: SAESpec, layer: int, seed: int, tokens: int) -> Path:
+def cache_folder(lab: Context, spec: SAESpec, layer: int, seed: int, tokens: int) -> Path:
     """Where this SAE is kept once it is trained."""
     changed = {  # fields at their defaults are left out, so that a new field changes no key
         f.name: getattr(spec, f.name) for f in fields(SAESpec) if getattr(spec, f.name) != f.default
@@ -111,7 +109,7 @@ def cache_folder(lab: Lab, spec: SAESpec, layer: int, seed: int, tokens: int) ->
 
 
 def train_or_load(
-    lab: Lab, specs: dict[str, SAESpec], layer: int, seed: int, tokens: int
+    lab: Context, specs: dict[str, SAESpec], layer: int, seed: int, tokens: int
 ) -> dict[str, tu.TSAE]:
     """Trained SAEs by name, each with its training `record`.
 
@@ -135,7 +133,7 @@ def train_or_load(
 
 
 def train_group(
-    lab: Lab,
+    lab: Context,
     specs: dict[str, SAESpec],
     folders: dict[str, Path],
     layer: int,
@@ -168,7 +166,7 @@ def train_group(
         tu.save(sae, folders[name], {"record": record})
 
 
-def passes(lab: Lab, specs: dict[str, SAESpec]) -> list[dict[str, SAESpec]]:
+def passes(lab: Context, specs: dict[str, SAESpec]) -> list[dict[str, SAESpec]]:
     """Specifications in groups that fit into the profile's memory limit, at least one each."""
     limit = lab.p.recipe.gib
     groups, free, largest = [], 0.0, 0.0
@@ -194,7 +192,7 @@ def passes(lab: Lab, specs: dict[str, SAESpec]) -> list[dict[str, SAESpec]]:
 
 
 def measure_during_training(
-    lab: Lab, specs: dict[str, SAESpec], saes: dict[str, tu.TSAE], layer: int, tokens: int
+    lab: Context, specs: dict[str, SAESpec], saes: dict[str, tu.TSAE], layer: int, tokens: int
 ) -> tuple[dict[str, list[dict]], Callable[[int], None] | None]:
     """(Rows by SAE, callback for `train`): held-out measurements of specifications with a curve.
 
