@@ -197,11 +197,11 @@ class HeldoutStates(NamedTuple):
     states: list[Tensor]  # [R, L, D] per layer
     means: list[Tensor]  # [D] per layer, over the positions that count
 
-    def cosines(self, at_P2: Tensor, states: list[Tensor]) -> dict[str, np.ndarray]:
+    def cosines(self, pos_P2: Tensor, states: list[Tensor]) -> dict[str, np.ndarray]:
         """Cosines [layers, P] of `states` with the true ones, raw and with the mean removed."""
         raw, centred = [], []
         for true, state, mean in zip(self.states, states, self.means, strict=True):
-            true = true[at_P2[:, 0], at_P2[:, 1]]
+            true = true[pos_P2[:, 0], pos_P2[:, 1]]
             raw.append(F.cosine_similarity(true, state))
             centred.append(F.cosine_similarity(true - mean, state - mean))
         both = {"raw": torch.stack(raw), "mean removed": torch.stack(centred)}
@@ -232,10 +232,10 @@ def draw_positions(keep_RL: Tensor, n: int, per_row: int, generator: torch.Gener
     return torch.tensor(positions)
 
 
-def swapped(at_P2: Tensor, generator: torch.Generator) -> Tensor:
+def swapped(pos_P2: Tensor, generator: torch.Generator) -> Tensor:
     """The same positions in another order, such that none keeps its place [P, 2]."""
-    order, others = torch.randperm(len(at_P2), generator=generator), at_P2.clone()
-    others[order] = at_P2[order.roll(1)]
+    order, others = torch.randperm(len(pos_P2), generator=generator), pos_P2.clone()
+    others[order] = pos_P2[order.roll(1)]
     return others
 
 
@@ -251,13 +251,13 @@ def longest_passage(keep_RL: Tensor, n: int, longest: int = 24) -> Tensor:
 
 
 def suffix_states(
-    lm: tu.LanguageModel, text: HeldoutStates, at_P2: Tensor, n: int, keep_positions: bool = False
+    lm: tu.LanguageModel, text: HeldoutStates, pos_P2: Tensor, n: int, keep_positions: bool = False
 ) -> list[Tensor]:
     """Hidden states [P, D] per layer of the prompts [BOS, last n tokens].
 
     Their tokens stand at positions 1 to n, or with `keep_positions` where the text has them.
     """
-    row, column = at_P2.T
+    row, column = pos_P2.T
     columns = column[:, None] + torch.arange(1 - n, 1)
     bos = torch.full((len(row), 1), lm.bos_id)
     prompts = torch.cat([bos, text.ids[row[:, None], columns]], 1)

@@ -255,13 +255,13 @@ class Lab:
         the threshold. `text` says what came out; `{}` in it stands for the estimates.
         """
         intervals = {} if estimates is None else claims.as_intervals(estimates)
-        found = list(intervals.values())
-        verdict = claims.decide(found, **rule)
+        estimated = list(intervals.values())
+        verdict = claims.decide(estimated, **rule)
         if is_papers_setting(self.p) and verdict != "not tested":
-            signed = claims.has_claimed_sign(found, **rule)
+            signed = claims.has_claimed_sign(estimated, **rule)
             failed = "direction only" if signed else "not reproduced"
             verdict = "reproduced" if verdict == "holds" else failed
-        weakest = claims.weakest(found, rule.get("below")) if found else None
+        weakest = claims.weakest(estimated, rule.get("below")) if estimated else None
         has_interval = weakest is not None and weakest.is_known and weakest.low < weakest.high
         self.claims[id] |= {
             "ours": text.replace("{}", claims.as_text(intervals, fmt)),

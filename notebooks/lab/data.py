@@ -41,10 +41,12 @@ def weights_sha256(lm: tu.LanguageModel) -> str:
     name, revision = tu.hub_name(lm.name)
     file = "model.safetensors"
     is_local = Path(name).is_dir()
-    found = Path(name, file) if is_local else try_to_load_from_cache(name, file, revision=revision)
-    if not isinstance(found, str | Path) or not Path(found).exists():
+    file_path = (
+        Path(name, file) if is_local else try_to_load_from_cache(name, file, revision=revision)
+    )
+    if not isinstance(file_path, str | Path) or not Path(file_path).exists():
         return ""
-    with open(found, "rb") as handle:
+    with open(file_path, "rb") as handle:
         return hashlib.file_digest(handle, "sha256").hexdigest()
 
 

@@ -95,8 +95,8 @@ class Profile:
         groups = {}
         for group in ("source", "grid", "recipe", "budget"):
             known = {f.name for f in fields(getattr(self, group))}
-            own = {key: changes.pop(key) for key in known & changes.keys()}
-            groups[group] = replace(getattr(self, group), **own)
+            fields_of_group = {key: changes.pop(key) for key in known & changes.keys()}
+            groups[group] = replace(getattr(self, group), **fields_of_group)
         if changes:
             raise TypeError(f"a profile has no field {', '.join(changes)}")
         return Profile(name, **groups)
