@@ -3,9 +3,9 @@
     python train.py --model gpt2 --corpus allenai/c4:en --layer 8 --k 32 --lookup --out my_tsae
     torchrun --standalone --nproc-per-node 4 train.py --model gpt2 --corpus ... --out my_tsae
 
-Writes a folder that tsae_utils.load and SAELens read. Stopped or killed, the same command resumes
-from the last checkpoint (<out>.checkpoint.safetensors). Under torchrun every process reads its own
-documents, and --batch-size is that of all processes together.
+Writes a folder that tsae_utils.load and SAELens read. The same command resumes a stopped or
+killed run from its last checkpoint, <out>.checkpoint.safetensors. Under torchrun every process
+reads its own documents, and --batch-size counts the tokens of all processes together.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def arguments() -> argparse.Namespace:
     add("--context-size", type=int, default=256, help="tokens per row, BOS included")
     add("--batch-size", type=int, default=4096, help="activations per step")
     add("--buffer-tokens", type=int, default=2**17, help="activations shuffled together")
-    add("--lr", type=float, default=4e-3, help="Adam's, for the features; falls to zero")
+    add("--lr", type=float, default=4e-3, help="learning rate of the features; it falls to zero")
     add("--lr-lookup", type=float, default=1e-2, help="learning rate of the table")
     add("--lookup-by-rows", action="store_true", help="update only the rows of a batch's tokens "
         "(SparseAdam), for large vocabularies")  # fmt: skip

@@ -297,7 +297,7 @@ class TSAE(nn.Module):
 def optimizers_for(sae: TSAE, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
     """Adam (0.9, 0.999) for the SAE at `lr` and for the table at `lr_lookup`.
 
-    With `lookup_by_rows` the table has SparseAdam: rows of absent tokens rest; Adam moves them.
+    With `lookup_by_rows` the table has SparseAdam: it skips rows of absent tokens; Adam moves them.
     """
     weights = [p for name, p in sae.named_parameters() if not name.startswith("lookup.")]
     group = {"params": weights, "lr": cfg.lr, "base_lr": cfg.lr}
@@ -326,7 +326,7 @@ def train(
 
     `cfg` is one TrainConfig or one per name (equal `tokens`). Returns the history: per SAE a row
     every `log_every` steps and at the last (system, step, tokens, loss, nmse, l0, dead_fraction,
-    seconds), where seconds is the time spent on that SAE alone (on a GPU, on whoever waits).
+    seconds), where seconds is the time spent on that SAE alone (on a GPU, on the one that waits).
     `after_step(step)` is called after every step. Afterwards the SAEs are in evaluation mode.
 
     With `checkpoint`, a file, everything is saved every `checkpoint_every` tokens and at the end. A

@@ -82,10 +82,10 @@ def headline() -> str:
         f"**Result on the testbed** (layer {df.layer.iloc[0]}, {df.seed.nunique()} seeds). A TSAE",
         f"adds {mean['topk+lookup'][8]:.3f} of the clean cross-entropy at k = 8, where a TopK SAE",
         f"of the same sparsity adds {mean['topk'][8]:.3f}.",
-        f"For k = {', '.join(map(str, mean.index))} the ratio to that baseline, which is the",
-        f"paper's, is {ratios(to_baseline)}. The ratio to the best control at each k is",
-        f"{ratios(to_best)}. These controls had no search of their own for the start of the",
-        "encoder, so a stronger baseline may exist.",
+        f"At k = {', '.join(map(str, mean.index))} the TSAE adds {ratios(to_baseline)} times as",
+        "much as that baseline, which is the paper's. It adds",
+        f"{ratios(to_best)} times as much as the best control at each k. These controls had no",
+        "search of their own for the start of the encoder, so a stronger baseline may exist.",
         f"Of the paper's {len(origins['paper'])} claims, {count_verdicts(origins['paper'])}.",
         f"Of our own {len(origins['ours'])} claims, mostly controls,",
         count_verdicts(origins["ours"]),
@@ -145,8 +145,8 @@ def times() -> str:
     """Minutes of the notebooks at profile mini."""
     seconds = pd.read_csv(RECORD / "mini_times.csv").seconds
     return paragraph(
-        f"All notebooks at `mini` take {seconds.sum() / 60:.0f} minutes on two CPU cores, the",
-        f"longest {seconds.max() / 60:.0f} minutes; setting up the environment comes on top.",
+        f"All notebooks at `mini` take {seconds.sum() / 60:.0f} minutes on two CPU cores; the",
+        f"longest takes {seconds.max() / 60:.0f}. Setting up the environment takes extra time.",
     )
 
 
@@ -196,9 +196,10 @@ def speed_summary() -> str:
     harvest = run[run.work == "harvest"].set_index("system").tokens_per_s
     parts.append(
         paragraph(
-            "* Activations:",
-            f"{harvest['ours'] / harvest['transformerlens']:.1f} times TransformerLens's cached",
-            f"forward pass (aim: 5), {harvest['ours'] / harvest['raw']:.2f} times the raw module.",
+            "* Harvesting activations is",
+            f"{harvest['ours'] / harvest['transformerlens']:.1f} times as fast as",
+            "TransformerLens's cached forward pass (aim: 5) and",
+            f"{harvest['ours'] / harvest['raw']:.2f} times as fast as the raw module.",
         )
     )
     return "\n".join([*parts, sweep_summary(run[run.work == "sweep"].set_index("system"))])
@@ -217,10 +218,10 @@ def step_summary(width: float, part: pd.DataFrame) -> str:
     return paragraph(
         f"* A training step at {width:,.0f} features takes {ms['ours']:.0f} ms (at most",
         f"{slowest_round:.0f}).",
-        f"That is {speed['ours'] / speed[fastest]:.2f} times the fastest peer",
-        f"({fastest}; aim: 2) and {speed['ours'] / speed[saelens].max():.1f} times SAELens's best",
-        f"(aim: 7). The encoder's bf16 product alone takes {1 / product:.0%} of it.",
-        f"The NMSE is {worse:+.1%} relative to the best peer's.",
+        f"That is {speed['ours'] / speed[fastest]:.2f} times as fast as the fastest peer",
+        f"({fastest}; aim: 2) and {speed['ours'] / speed[saelens].max():.1f} times as fast as",
+        f"SAELens's best (aim: 7). The encoder's bf16 product alone takes {1 / product:.0%} of the",
+        f"step. The NMSE differs from the best peer's by {worse:+.1%}.",
     )
 
 
@@ -233,9 +234,10 @@ def sweep_summary(by_system: pd.DataFrame) -> str:
     return paragraph(
         f"* The sweep ends at NMSE {by_system.nmse['ours']:.4f}. It is {ratio[as_good]:.1f} times",
         f"as fast as the fastest peer within 1 % of the best peer's loss ({as_good},",
-        f"{by_system.nmse[as_good]:.4f}) and {ratio[fastest]:.1f} times the fastest ({fastest},",
-        f"{by_system.nmse[fastest]:.4f}). Memory: {by_system.peak_gib['ours']:.2f} GiB against",
-        f"{peers.peak_gib.min():.2f} GiB of the leanest peer.",
+        f"{by_system.nmse[as_good]:.4f}) and {ratio[fastest]:.1f} times as fast as the fastest",
+        f"({fastest}, {by_system.nmse[fastest]:.4f}). Memory is",
+        f"{by_system.peak_gib['ours']:.2f} GiB, against {peers.peak_gib.min():.2f} GiB for the",
+        "leanest peer.",
     )
 
 

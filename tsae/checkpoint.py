@@ -34,7 +34,7 @@ def write_checkpoint(path: str | Path, tensors: Mapping[str, Tensor], state: Map
     encoded = bytearray(json.dumps(state).encode())
     stored[STATE] = torch.frombuffer(encoded, dtype=torch.uint8)
     path = Path(path)
-    # A folder for what is not finished: safetensors makes files of its own meanwhile.
+    # Unfinished files go into a folder: safetensors makes temporary files of its own.
     partial = path.with_name(f".{path.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     try:

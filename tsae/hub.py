@@ -1,4 +1,4 @@
-"""A folder of a saved SAE from and to the Hugging Face hub, and its model card."""
+"""Download a saved SAE from the Hugging Face hub, and upload one with its model card."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ WIDE = 1024  # pre-activations per token from which top_k is faster than torch.t
 
 
 def fast_bf16(device: torch.device) -> bool:
-    """Whether bf16 matrix products are the fast ones: CUDA, and CPUs with the instructions."""
+    """Whether bf16 matrix products are fast: on CUDA, and on CPUs with instructions for them."""
     if device.type != "cpu":
         return device.type == "cuda"
     capabilities = torch.cpu.get_capabilities()

@@ -1,6 +1,6 @@
 """What surrounds the training loop: checks, clocks, history, progress, resuming.
 
-SAEs and configurations are tsae_utils's, known here by what they offer.
+SAEs and configurations come from tsae_utils; only their attributes are known here.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def start_biases_(sae: Any, cfg: Any, x: Tensor, tokens: Tensor) -> None:
 
     b_dec starts at the mean of what the table leaves (not stated in the paper; the same rule for
     every system). With `start_l0` every feature's encoder bias lets it fire on an equal share of
-    the batch, so that about so many are active per token.
+    the batch, so that about `start_l0` features are active per token.
     """
     remainder = x if sae.lookup is None else x - sae.lookup(tokens)
     sae.b_dec.copy_(remainder.mean(0))

@@ -1,6 +1,6 @@
-"""SAELens's layout of saved SAEs, read and written; the table has a file of its own beside it.
+"""SAELens's layout of saved SAEs, read and written; the table has a file of its own.
 
-What is read may come from SAELens before version 6 (as RES-JB). Its variants are folded into one
+Files may come from SAELens before version 6, as those of RES-JB do. Variants are folded into one
 form: b_dec is subtracted from the input, and activations are not scaled by decoder norms.
 """
 

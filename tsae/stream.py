@@ -93,7 +93,7 @@ class ActivationStream:
         return self.batches()
 
     def batches(self, position: tuple[int, int] = (0, 0)) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches from a place in the stream on.
+        """Batches from a place in the stream onwards.
 
         Raises ValueError where a buffer does not fill one batch.
         """

@@ -132,7 +132,7 @@ class Lab:
         return data.documents(corpus or self.p.source.corpus, split)
 
     def rows(self, split: str, tokens: float, corpus: str = "") -> torch.Tensor:
-        """Token rows [R, L] of a split, about `tokens` of them, evenly spaced."""
+        """Token rows [R, L] of a split, evenly spaced, about `tokens` tokens in all."""
         return data.rows(self, split, tokens, corpus or self.p.source.corpus)
 
     @cached_property
@@ -250,9 +250,9 @@ class Lab:
     ) -> str:
         """Judge a declared claim and return its verdict.
 
-        `estimates`: a number, an Interval, either by label, or None where nothing could be
-        tested. `rule` is `above=`, `below=` or `between=`, with `null=` where no effect is not
-        the threshold. `text` says what came out; `{}` in it stands for the estimates.
+        `estimates`: a number or an Interval, a dict of these by label, or None where nothing could
+        be tested. `rule` is `above=`, `below=` or `between=`, with `null=` where the value of no
+        effect is not the threshold. `text` says what came out, with `{}` for the estimates.
         """
         intervals = {} if estimates is None else claims.as_intervals(estimates)
         estimated = list(intervals.values())

@@ -1,10 +1,10 @@
 """Claims: declared before the run in `notebooks/claims/<id>.toml`, judged by one rule afterwards.
 
-Verdicts on other models than the paper's:
+Verdicts on models other than the paper's:
 
     holds          every estimate, with its whole interval, is on the claimed side of the threshold
     reversed       every interval excludes the null value on the other side
-    does not hold  an interval misses the threshold wholly
+    does not hold  an interval lies wholly on the other side of the threshold
     undecided      otherwise: an interval includes the threshold
     not tested     there is no estimate, or one seed gives no interval
 

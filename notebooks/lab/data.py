@@ -95,10 +95,10 @@ def documents(corpus: str, split: str) -> Iterator[str]:
 
 
 def rows(lab: Context, split: str, tokens: float, corpus: str) -> torch.Tensor:
-    """Token rows [R, L] of a split, about `tokens` of them, evenly spaced over what is read.
+    """Token rows [R, L] of a split, evenly spaced over what is read, about `tokens` tokens in all.
 
-    Documents may come in the order of their packages, so the beginning is no sample. At most
-    eight times as much is read of a local corpus, and no more than is wanted of a hub corpus.
+    Documents may come in the order of their packages, so the beginning is not a fair sample. Up
+    to eight times as much is read from a local corpus; from the hub only what is wanted is read.
     Rows of another corpus than the testbed's are cached.
     """
     if corpus == "testbed":

@@ -10,7 +10,7 @@ from scipy import stats
 
 
 class Interval(NamedTuple):
-    """An estimate and its 95 % interval; infinite bounds where nothing can be said of it."""
+    """An estimate and its 95 % interval; infinite bounds where these are not known."""
 
     value: float
     low: float

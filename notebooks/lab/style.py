@@ -1,7 +1,8 @@
 """One look for every system in every figure.
 
-Blue has no table, orange has one; shade and marker tell architectures and controls apart. Blue
-and orange differ in lightness too, so that figures read in greyscale and with colour blindness.
+Systems without a table are blue, those with one orange. Shade and marker tell architectures and
+controls apart. Blue and orange differ in lightness too, so that figures read in greyscale and with
+colour blindness.
 """
 
 from __future__ import annotations

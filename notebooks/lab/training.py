@@ -16,7 +16,7 @@ import tsae_utils as tu
 
 from .context import Context
 
-CACHE_VERSION = {"batchtopk": 4}  # 3 elsewhere; raise when training makes other weights
+CACHE_VERSION = {"batchtopk": 4}  # 3 for the others; raise it when training changes the weights
 
 # Table and encoder start at half scale, as in the authors' revised code: their sum starts at x.
 HALF = {"table_scale": 0.5, "encoder_scale": 0.5}
