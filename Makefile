@@ -38,7 +38,7 @@ test: .venv/ready           ## lint, unit tests, every notebook at profile smoke
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) -m pytest -q tests
-	$(PY) -m pytest -q --nbmake notebooks/
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q --nbmake -n 2 notebooks/
 
 test-resume: .venv/ready    ## kill a training twenty times and compare its end
 	TSAE_KILLS=20 $(PY) -m pytest -q -s tests/test_resume.py -k killed

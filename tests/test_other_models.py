@@ -66,7 +66,34 @@ def save_published_saes(folder: Path) -> None:
         res_jb(folder / hook, good_sae(32), hook)
 
 
-def run_notebooks(folder: Path, kind: str) -> None:
+TOKENIZERS = {
+    # Grouped queries and RMSNorm; pads left.
+    "llama": {
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+        "pad_token": "</s>",
+        "padding_side": "left",
+    },
+    # Parallel blocks, no BOS; published SAEs are given too.
+    "neox": {"eos_token": "</s>"},
+}
+
+
+def prepare(folder: Path, kind: str) -> None:
+    """Write a trained model, its tokenizer and a text into the folder."""
+    texts, tokenizer = markov_texts(1500), word_tokenizer(**TOKENIZERS[kind])
+    model, loss = train_language_model(kind, texts, tokenizer)
+    # A uniform guess costs 4.13 nats, and the entropy of the successors is about 2.
+    assert loss < 3.2, "it learned the successors"
+    model.save_pretrained(folder / kind)
+    tokenizer.save_pretrained(folder / kind)
+    lines = [json.dumps({"text": text}) + "\n" for text in texts]
+    (folder / "text.jsonl").write_text("".join(lines))
+    if kind == "neox":
+        save_published_saes(folder / "saes")
+
+
+def start_notebooks(folder: Path, kind: str) -> subprocess.Popen:
     """Run every notebook at profile smoke in a folder that holds model and text."""
     environment = {
         **os.environ,
@@ -74,12 +101,25 @@ def run_notebooks(folder: Path, kind: str) -> None:
         "TSAE_CORPUS": "text.jsonl",
         "TSAE_FIGURES": "figures",
         "TSAE_CACHE": "cache",
+        "OMP_NUM_THREADS": "1",  # one core for each kind of model
     }
     if (folder / "saes").exists():
         environment["TSAE_PUBLISHED"] = "saes"
     command = [sys.executable, str(ROOT / "tools" / "run_notebooks.py"), "--profile", "smoke"]
-    result = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr[-3000:]
+    with open(folder / "log.txt", "w") as log:
+        return subprocess.Popen(command, cwd=folder, env=environment, stdout=log, stderr=log)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    """A folder for each kind of model in which all notebooks have run, side by side."""
+    folders = {kind: tmp_path_factory.mktemp(kind) for kind in TOKENIZERS}
+    for kind, folder in folders.items():
+        prepare(folder, kind)
+    processes = {kind: start_notebooks(folder, kind) for kind, folder in folders.items()}
+    for kind, process in processes.items():
+        assert process.wait() == 0, (folders[kind] / "log.txt").read_text()[-3000:]
+    return folders
 
 
 def check_tables(out: Path, kind: str) -> None:
@@ -111,36 +151,8 @@ def check_pareto(out: Path) -> None:
     assert pareto.nmse["topk+lookup"] < pareto.nmse["topk+shuffled-lookup"]
 
 
-@pytest.mark.parametrize(
-    ("kind", "special"),
-    [
-        # Grouped queries and RMSNorm.
-        (
-            "llama",
-            {
-                "bos_token": "<s>",
-                "eos_token": "</s>",
-                "pad_token": "</s>",
-                "padding_side": "left",
-            },
-        ),
-        # Parallel blocks; published SAEs are given too.
-        ("neox", {"eos_token": "</s>"}),
-    ],
-    ids=["llama, pads left", "neox, no BOS"],
-)
-def test_every_notebook_on_another_model(tmp_path, kind, special):
-    texts, tokenizer = markov_texts(1500), word_tokenizer(**special)
-    model, loss = train_language_model(kind, texts, tokenizer)
-    # A uniform guess costs 4.13 nats, and the entropy of the successors is about 2.
-    assert loss < 3.2, "it learned the successors"
-    model.save_pretrained(tmp_path / kind)
-    tokenizer.save_pretrained(tmp_path / kind)
-    lines = [json.dumps({"text": text}) + "\n" for text in texts]
-    (tmp_path / "text.jsonl").write_text("".join(lines))
-    if kind == "neox":
-        save_published_saes(tmp_path / "saes")
-    run_notebooks(tmp_path, kind)
-    out = tmp_path / "figures" / f"smoke-{kind}"
+@pytest.mark.parametrize("kind", TOKENIZERS)
+def test_every_notebook_on_another_model(folders, kind):
+    out = folders[kind] / "figures" / f"smoke-{kind}"
     check_tables(out, kind)
     check_pareto(out)
