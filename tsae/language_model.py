@@ -56,6 +56,26 @@ def hub_name(source: str | Path) -> tuple[str, str | None]:
     return name, revision or None
 
 
+def real_tokens(
+    ids_RL: Tensor, pad_id: int | None, bos_id: int, separator_id: int | None = None
+) -> Tensor:
+    """Which tokens are no padding [R, L]: leading and trailing runs of `pad_id` are padding.
+
+    Where padding is also BOS, the last of a leading run is the BOS. Where it is also the separator,
+    the first of a trailing run is one.
+    """
+    if pad_id is None:
+        return torch.ones_like(ids_RL, dtype=torch.bool)
+    is_pad = ids_RL == pad_id
+    leading = is_pad.int().cumprod(-1).bool()
+    trailing = is_pad.flip(-1).int().cumprod(-1).flip(-1).bool() & ~leading
+    if pad_id == bos_id:
+        leading &= F.pad(leading[:, 1:], (0, 1))
+    if pad_id == separator_id:
+        trailing &= F.pad(trailing[:, :-1], (1, 0))
+    return ~(leading | trailing)
+
+
 def fuse_gelu_(model: nn.Module) -> None:
     """Replace GPT-2's tanh GELU, eight operations in transformers, by torch's single one.
 
@@ -100,6 +120,7 @@ class LanguageModel:
         self.blocks = find_blocks(model, self.n_layers)
         self.centred = subtracts_mean(self.blocks)
         self.bos_id, self.bos_note = self._bos()
+        self.pad_id = tokenizer.pad_token_id
         eos = tokenizer.eos_token_id
         self.separator_id = self.bos_id if eos is None or eos >= self.n_vocab else eos
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
-from tsae.language_model import LanguageModel, hub_name
+from tsae.language_model import LanguageModel, hub_name, real_tokens
 
 KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet"}
 
@@ -149,15 +149,15 @@ def tokenize(
 
 
 def keep_mask(rows_RL: Tensor, lm: LanguageModel, include_bos: bool = False) -> Tensor:
-    """Positions that count [R, L]: all but position 0 and separators.
+    """Positions that count [R, L]: all but each row's first token, separators and padding.
 
-    With `include_bos` all positions count, as in the paper.
+    With `include_bos` all positions but padding count, as in the paper.
     """
+    real = real_tokens(rows_RL, lm.pad_id, lm.bos_id, lm.separator_id)
     if include_bos:
-        return torch.ones_like(rows_RL, dtype=torch.bool)
-    keep = (rows_RL != lm.bos_id) & (rows_RL != lm.separator_id)
-    keep[:, 0] = False
-    return keep
+        return real
+    is_first = real & (real.cumsum(-1) == 1)
+    return real & ~is_first & (rows_RL != lm.bos_id) & (rows_RL != lm.separator_id)
 
 
 def last_tokens(ids_RL: Tensor, order: int, pad: int) -> Tensor:
