@@ -94,8 +94,9 @@ def test_tokenizer_of_another_model(lm):
     ("hook", "message"),
     [
         (
-            "blocks.1.hook_mlp_out",
-            "unknown hook 'blocks.1.hook_mlp_out': expected blocks.<layer>.hook_resid_pre",
+            "blocks.1.hook_mlp_in",
+            "unknown hook 'blocks.1.hook_mlp_in': expected blocks.<layer> with one of "
+            ".hook_resid_pre",
         ),
         ("transformer.h.3", "unknown hook"),
         ("blocks.3.hook_resid_pre", "is out of range: the model has 3 layers, 0 to 2"),

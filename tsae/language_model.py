@@ -9,8 +9,11 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -18,34 +21,70 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.hooks import RemovableHandle
 
+from tsae.blocks import (
+    Block,
+    ReadOrReplace,
+    StopForward,
+    Sublayers,
+    differ,
+    find_blocks,
+    find_sublayers,
+    removed_afterwards,
+    visit,
+)
 from tsae.kernels import fast_bf16
 
-ReadOrReplace = Callable[[Tensor], Tensor | None]  # gets the stream; returns a new one, or None
+PLACES = ("resid_pre", "attn_out", "resid_mid", "mlp_out", "resid_post")
+CONTEXT_KEYS = (  # names that configurations give to the longest context
+    "max_position_embeddings",
+    "n_positions",
+    "max_seq_len",
+    "max_sequence_length",
+    "max_target_positions",
+    "n_ctx",
+)
+PROBE_ROWS, PROBE_TOKENS = 2, 7  # of the passes that find out how a model works
 
 
-class StopForward(Exception):
-    """Ends a forward pass once the last wanted layer is read."""
+class HookPoint(NamedTuple):
+    """A place in block `layer`. What the last block returns is resid_pre of layer n_layers."""
+
+    layer: int
+    place: str  # one of PLACES but resid_post, which is resid_pre of the next layer
 
 
-def parse_hook(hook_name: str, n_layers: int) -> int:
-    """Layer l of "blocks.l.hook_resid_pre" (0 <= l < n_layers).
+def parse_hook_point(hook: str | int, n_layers: int) -> HookPoint:
+    """The place that "blocks.<layer>.hook_<place>" names; a number l is resid_pre of layer l.
 
-    "hook_resid_post" of block l is layer l + 1. Raises ValueError for any other name and for a
-    layer that the model does not have.
+    Raises ValueError for any other name and for a layer that the model does not have.
     """
-    match = re.fullmatch(r"blocks\.(\d+)\.hook_resid_(pre|post)", hook_name)
+    if isinstance(hook, int):
+        if not 0 <= hook <= n_layers:
+            raise ValueError(f"layer {hook} is out of range: the model has layers 0 to {n_layers}")
+        return HookPoint(hook, "resid_pre")
+    match = re.fullmatch(rf"blocks\.(\d+)\.hook_({'|'.join(PLACES)})", hook)
     if match is None:
-        raise ValueError(
-            f"unknown hook {hook_name!r}: expected blocks.<layer>.hook_resid_pre or "
-            ".hook_resid_post"
-        )
+        expected = ", ".join(f".hook_{place}" for place in PLACES)
+        raise ValueError(f"unknown hook {hook!r}: expected blocks.<layer> with one of {expected}")
     layer, place = int(match[1]), match[2]
     if layer >= n_layers:
         raise ValueError(
-            f"hook {hook_name!r} is out of range: the model has {n_layers} layers, "
-            f"0 to {n_layers - 1}"
+            f"hook {hook!r} is out of range: the model has {n_layers} layers, 0 to {n_layers - 1}"
         )
-    return layer + (place == "post")
+    return HookPoint(layer + 1, "resid_pre") if place == "resid_post" else HookPoint(layer, place)
+
+
+def parse_hook(hook_name: str, n_layers: int) -> int:
+    """Layer l of "blocks.l.hook_resid_pre" (0 <= l < n_layers); ".hook_resid_post" is l + 1.
+
+    Raises ValueError for any other name and for a layer that the model does not have.
+    """
+    layer, place = parse_hook_point(hook_name, n_layers)
+    if place != "resid_pre":
+        raise ValueError(
+            f"{hook_name!r} is not between two blocks: expected .hook_resid_pre or .hook_resid_post"
+        )
+    return layer
 
 
 def hub_name(source: str | Path) -> tuple[str, str | None]:
@@ -87,25 +126,14 @@ def fuse_gelu_(model: nn.Module) -> None:
                 setattr(module, name, nn.GELU(approximate="tanh"))
 
 
-def find_blocks(model: nn.Module, n_layers: int) -> nn.ModuleList:
-    """The model's transformer blocks: of the lists of that length, the one with most parameters."""
-    lists = [m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == n_layers]
-    return max(lists, key=lambda blocks: sum(p.numel() for p in blocks.parameters()))
-
-
-def subtracts_mean(blocks: nn.ModuleList) -> bool:
-    """Whether the blocks normalise with LayerNorm, which removes the mean over d_model.
-
-    Models define LayerNorms of their own, so that only the class name tells.
-    """
-    return any(type(m).__name__.endswith("LayerNorm") for m in blocks.modules())
-
-
 class LanguageModel:
     """A causal language model of transformers, its tokenizer, and its residual stream.
 
-    The residual stream is TransformerLens's: the raw one for RMSNorm models, and for LayerNorm
-    models the raw one minus its mean over d_model (`centred`), which no LayerNorm sees.
+    The residual stream is TransformerLens's: the raw one minus its mean over d_model where nothing
+    in the model sees that mean (`centred`), as with LayerNorm, and the raw one elsewhere.
+
+    Rows may be padded on either side with the tokenizer's padding token (`real_tokens`). Raises
+    ValueError for a model whose blocks carry no residual stream, or that reads later tokens.
     """
 
     def __init__(self, model: nn.Module, tokenizer, name: str, bf16: bool | None = None) -> None:
@@ -115,14 +143,27 @@ class LanguageModel:
         self.device = next(model.parameters()).device
         # bf16 is for harvesting, never for cross-entropy
         self.bf16 = fast_bf16(self.device) if bf16 is None else bf16
-        self.n_vocab, self.d_model = model.get_input_embeddings().weight.shape
-        self.n_layers = model.config.num_hidden_layers
-        self.blocks = find_blocks(model, self.n_layers)
-        self.centred = subtracts_mean(self.blocks)
+        embeddings = (model.get_input_embeddings(), model.get_output_embeddings())
+        self.n_vocab = min(len(e.weight) for e in embeddings if e is not None)
+        self.config = model.config.get_text_config()
         self.bos_id, self.bos_note = self._bos()
         self.pad_id = tokenizer.pad_token_id
         eos = tokenizer.eos_token_id
         self.separator_id = self.bos_id if eos is None or eos >= self.n_vocab else eos
+        self._blocks = self._find_blocks()
+        self._sublayers: dict[int, Sublayers | None] = {}
+        self.blocks = [block.module for block in self._blocks]
+        self.n_layers = len(self.blocks)
+        self.d_model = self._blocks[0].width  # of the stream; embeddings may be narrower
+        self._require_causal()
+        self.centred = self._ignores_the_mean()
+        self._can_skip = self._passes_only_the_stream()
+
+    @property
+    def max_context(self) -> int | None:
+        """Most tokens per row, by the model's configuration; None where it gives no limit."""
+        limits = [getattr(self.config, key, None) for key in CONTEXT_KEYS]
+        return next((n for n in limits if isinstance(n, int) and n > 0), None)
 
     def _bos(self) -> tuple[int, str]:
         """(Id of BOS or its substitute, a sentence about the substitute)."""
@@ -156,99 +197,299 @@ class LanguageModel:
             digest.update(p.detach().float().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    # -- what is found out by running the model --
+
+    @cached_property
+    def probe_ids(self) -> Tensor:
+        """A few rows of ordinary tokens: none that the configuration gives a meaning."""
+        config = {**self.model.config.to_dict(), **self.config.to_dict()}
+        special = {self.bos_id, self.pad_id}
+        for key, value in config.items():
+            if "token" in key:
+                values = value if isinstance(value, list) else [value]
+                special |= {n for n in values if isinstance(n, int)}
+        ordinary = [i for i in range(min(self.n_vocab, 1000)) if i not in special]
+        ordinary = ordinary or list(range(self.n_vocab))
+        generator = torch.Generator().manual_seed(0)
+        chosen = torch.randint(len(ordinary), (PROBE_ROWS, PROBE_TOKENS), generator=generator)
+        return torch.tensor(ordinary)[chosen]
+
+    def _find_blocks(self) -> list[Block]:
+        def run() -> None:
+            try:
+                self._logits(self.probe_ids)
+            except Exception as error:
+                raise ValueError(f"it does not run on token ids alone ({error})") from error
+
+        try:
+            return find_blocks(self.model, run, self.probe_ids.shape)
+        except ValueError as error:
+            raise ValueError(
+                f"{self.name} ({type(self.model).__name__}) is not supported: {error}"
+            ) from error
+
+    def _require_causal(self) -> None:
+        """Raise ValueError where a later token changes the prediction of an earlier one."""
+        ids = self.probe_ids
+        short = self.losses(ids[:, :-1])
+        if not torch.isfinite(short).all():
+            raise ValueError(f"{self.name} predicts NaN or infinity: check its weights")
+        change = (self.losses(ids)[:, :-1] - short).abs().max().item()
+        if not change < 1e-3 * max(1, short.max().item()):
+            raise ValueError(
+                f"{self.name} ({type(self.model).__name__}) is not supported: it is not causal, as "
+                f"a later token changes earlier predictions by {change:.2g} nats"
+            )
+
+    @torch.no_grad()
+    def _ignores_the_mean(self) -> bool:
+        """Whether nothing in the model sees the stream's mean over d_model.
+
+        A constant is added before the first block. It must arrive behind the last one and leave the
+        logits as they are.
+        """
+        ends: list[Tensor] = []
+        added = torch.rand(*self.probe_ids.shape, 1, generator=torch.Generator().manual_seed(1))
+
+        def add(raw: Tensor) -> Tensor:
+            return raw + raw.std(-1, keepdim=True) * (1 + added.to(raw))
+
+        def moved_logits(change: ReadOrReplace) -> Tensor:
+            with removed_afterwards(
+                [visit(self._blocks[0].input, change), visit(self._blocks[-1].output, ends.append)]
+            ):
+                return self._logits(self.probe_ids)
+
+        starts: list[Tensor] = []
+        clean = moved_logits(starts.append)
+        moved = moved_logits(add)
+        shift = add(starts[0]) - starts[0]
+        return not (differ(moved, clean) or differ(ends[1] - ends[0], shift.expand_as(ends[0])))
+
+    def _passes_only_the_stream(self) -> bool:
+        """Whether the stream is all that the blocks hand on, so that some need not run."""
+        if not all(block.hands_on_the_stream_alone for block in self._blocks):
+            return False
+        last, ids = self.n_layers - 1, self.probe_ids
+        x = self.activations(ids, [last], bf16=False)[last]
+        handles = self._visit(last, lambda raw: x)
+        try:
+            losses = self._losses(ids, handles, self.blocks[:last])
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError):
+            return False  # a later block wants what an earlier one would have given
+        return not differ(losses, self._losses(ids))
+
+    # -- passes --
+
+    def _logits(self, ids_RL: Tensor, **inputs: Tensor) -> Tensor:
+        """One pass of the model [R, L, V]."""
+        if "use_cache" in signature(self.model.forward).parameters:
+            inputs["use_cache"] = False
+        with torch.no_grad():
+            return self.model(input_ids=ids_RL.to(self.device), **inputs).logits
+
+    def _require_rows(self, ids_RL: Tensor) -> None:
+        """Raise ValueError for rows that the model cannot read."""
+        if ids_RL.ndim != 2 or ids_RL.is_floating_point():
+            raise ValueError(
+                f"token rows are whole numbers of shape [R, L], not {ids_RL.dtype} of shape "
+                f"{list(ids_RL.shape)}"
+            )
+        if self.max_context and ids_RL.shape[1] > self.max_context:
+            raise ValueError(
+                f"rows of {ids_RL.shape[1]} tokens are longer than {self.name}'s "
+                f"{self.max_context} positions: shorten the context"
+            )
+        if not ids_RL.numel():
+            return
+        lowest, highest = (int(n) for n in ids_RL.aminmax())
+        if lowest < 0 or highest >= self.n_vocab:
+            raise ValueError(
+                f"token id {lowest if lowest < 0 else highest} is none of {self.name}'s, which are "
+                f"0 to {self.n_vocab - 1}: is this the model's tokenizer?"
+            )
+
+    def _align(self, ids_RL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(Rows with padding on the right, index [R, L] that moves it there, and one back).
+
+        A causal model gives a row that starts with text what it gives the text alone. Masks and
+        positions, which architectures treat differently, are not needed.
+        """
+        ids_RL = ids_RL.to(self.device).long()
+        real = real_tokens(ids_RL, self.pad_id, self.bos_id, self.separator_id)
+        ids_RL = ids_RL.masked_fill(~real, self.bos_id)  # padding may have no embedding
+        self._require_rows(ids_RL)
+        places = torch.arange(ids_RL.shape[1], device=self.device)
+        first = real.int().argmax(-1, keepdim=True)
+        there, back = (places + first) % len(places), (places - first) % len(places)
+        return ids_RL.gather(1, there), there, back
+
+    def require_hook(self, hook: str | int) -> None:
+        """Raise ValueError for a hook point that the model does not have."""
+        for handle in self._visit(hook, lambda raw: None):
+            handle.remove()
+
+    def _sublayers_of(self, layer: int) -> Sublayers:
+        """Attention and MLP of a block. Raises ValueError where it does not add the two."""
+        if layer not in self._sublayers:
+            block = self._blocks[layer]
+            self._sublayers[layer] = find_sublayers(block, lambda: self._logits(self.probe_ids))
+        found = self._sublayers[layer]
+        if found is None:
+            raise ValueError(
+                f"block {layer} of {self.name} does not add the results of an attention and of an "
+                "MLP to its input: use hook_resid_pre or hook_resid_post"
+            )
+        return found
+
+    def _visit(self, hook: str | int, read_or_replace: ReadOrReplace) -> list[RemovableHandle]:
+        """Show the raw tensor at a hook point to a function in every pass; see `visit`."""
+        layer, place = parse_hook_point(hook, self.n_layers)
+        if place == "resid_pre":
+            is_last = layer == self.n_layers
+            site = self._blocks[-1].output if is_last else self._blocks[layer].input
+            return [visit(site, read_or_replace)]
+        sublayers = self._sublayers_of(layer)
+        if place == "resid_mid" and sublayers.is_parallel:
+            raise ValueError(
+                f"{hook!r} does not exist: blocks of {self.name} run attention and MLP in parallel"
+            )
+        inputs: list[Tensor] = []
+
+        def at_sublayer(raw: Tensor) -> Tensor | None:
+            x = inputs.pop()
+            out = raw.view(x.shape)
+            new = read_or_replace(x + out if place == "resid_mid" else out)
+            if new is None:
+                return None
+            return (new - x if place == "resid_mid" else new).reshape(raw.shape)
+
+        site = sublayers.mlp if place == "mlp_out" else sublayers.attn
+        return [visit(self._blocks[layer].input, inputs.append), visit(site, at_sublayer)]
+
     def _to_stream(self, raw: Tensor) -> Tensor:
         raw = raw.float()
         return raw - raw.mean(-1, keepdim=True) if self.centred else raw
-
-    def _hook(self, layer: int, read_or_replace: ReadOrReplace) -> RemovableHandle:
-        """Register on the input of block `layer`; for layer n_layers on the last block's output."""
-
-        def before(module, args, kwargs):
-            if args:
-                new = read_or_replace(args[0])
-                return None if new is None else ((new, *args[1:]), kwargs)
-            new = read_or_replace(kwargs["hidden_states"])
-            return None if new is None else (args, {**kwargs, "hidden_states": new})
-
-        def after(module, args, output):
-            is_tuple = isinstance(output, tuple)
-            new = read_or_replace(output[0] if is_tuple else output)
-            return (new, *output[1:]) if is_tuple and new is not None else new
-
-        if layer == self.n_layers:
-            return self.blocks[-1].register_forward_hook(after)
-        return self.blocks[layer].register_forward_pre_hook(before, with_kwargs=True)
 
     @torch.no_grad()
     def activations(
         self,
         ids_RL: Tensor,
-        layers: Iterable[int],
+        hooks: Iterable[int | str],
         bf16: bool | None = None,
         positions_RL: Tensor | None = None,
-    ) -> dict[int, Tensor]:
-        """Residual stream [R, L, D] in fp32 entering each of `layers`.
+    ) -> dict[int | str, Tensor]:
+        """Activations [R, L, D] in fp32 at each of `hooks`: layers, or names as in TransformerLens.
 
-        The pass ends at the last of them. `positions_RL` gives tokens other positions than
-        0, 1, 2, ...
+        A layer l stands for the stream that enters block l. The pass ends at the last hook.
+        `positions_RL` gives tokens other positions than 0, 1, 2, ... Raises ValueError for a hook
+        that the model does not have and for rows that it cannot read.
         """
-        layers = sorted(set(layers))
-        streams: dict[int, Tensor] = {}
+        found: dict[int | str, Tensor] = {}
+        hooks = list(dict.fromkeys(hooks))
 
-        def reader(layer: int) -> ReadOrReplace:
+        def reader(hook: int | str) -> ReadOrReplace:
             def read(raw: Tensor) -> None:
-                streams[layer] = self._to_stream(raw)
-                if layer == layers[-1]:
+                found[hook] = self._to_stream(raw)
+                if len(found) == len(hooks):
                     raise StopForward
 
             return read
 
-        inputs = {"input_ids": ids_RL.to(self.device)}
+        ids_RL, there, back = self._align(ids_RL)
+        inputs = {}
         if positions_RL is not None:
-            inputs["position_ids"] = positions_RL.to(self.device)
+            positions_RL = positions_RL.to(self.device).expand_as(ids_RL)
+            inputs["position_ids"] = positions_RL.gather(1, there)
             # Without a mask a jump of positions would be taken for the start of another text.
             inputs["attention_mask"] = torch.ones_like(inputs["position_ids"])
         use_bf16 = self.bf16 if bf16 is None else bf16
-        handles = [self._hook(layer, reader(layer)) for layer in layers]
-        try:
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=use_bf16):
-                self.model.base_model(use_cache=False, **inputs)
-        except StopForward:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-        return streams
+        handles = [handle for hook in hooks for handle in self._visit(hook, reader(hook))]
+        autocast = torch.autocast(self.device.type, torch.bfloat16, enabled=use_bf16)
+        with removed_afterwards(handles), autocast, suppress(StopForward):
+            self._logits(ids_RL, **inputs)
+        return {hook: x.take_along_dim(back[..., None], 1) for hook, x in found.items()}
 
     @torch.no_grad()
-    def losses(self, ids_RL: Tensor, layer: int = 0, x_RLD: Tensor | None = None) -> Tensor:
+    def losses(self, ids_RL: Tensor, hook: int | str = 0, x_RLD: Tensor | None = None) -> Tensor:
         """Cross-entropy [R, L-1] in nats (fp32) of every next token.
 
-        `x_RLD` replaces the residual stream entering `layer`, and the blocks before do not run.
-        The mean that centring removed is not put back: every LayerNorm subtracts it.
+        `x_RLD` replaces the activations at `hook`; blocks before that layer do not run where the
+        stream is all they hand on. The mean that centring removed is not put back: nothing in the
+        model sees it. Raises ValueError as `activations` does.
         """
+        ids_RL, there, back = self._align(ids_RL)
         handles, skipped = [], []
         if x_RLD is not None:
-            handles = [self._hook(layer, lambda raw: x_RLD)]
-            skipped = self.blocks[:layer]
+            x_RLD = x_RLD.to(self.device).expand(*ids_RL.shape, self.d_model)
+            x_RLD = x_RLD.take_along_dim(there[..., None], 1)
+            layer, place = parse_hook_point(hook, self.n_layers)
+            if place == "resid_pre" and self._can_skip:
+                skipped = self.blocks[:layer]
+            handles = self._visit(hook, lambda raw: x_RLD)
+        return self._losses(ids_RL, handles, skipped).gather(1, back)[:, :-1]
 
-        def pass_through(*args, **kwargs):
-            return args[0] if args else kwargs["hidden_states"]
+    def _losses(
+        self,
+        ids_RL: Tensor,
+        handles: Iterable[RemovableHandle] = (),
+        skipped: Iterable[nn.Module] = (),
+    ) -> Tensor:
+        """Cross-entropy [R, L] of every next token; the last column has no target.
 
-        for block in skipped:  # an attribute of the instance hides the method of its class
-            block.forward = pass_through
-        ids_RL = ids_RL.to(self.device)
+        Skipped blocks hand on their input. At the end the hooks are removed.
+        """
+        blocks = {block.module: block for block in self._blocks}
+
+        def pass_through(block: Block) -> Callable:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                slot = block.input.slot
+                x = (kwargs if isinstance(slot, str) else args)[slot]
+                return block.result(x)
+
+            return forward
+
+        skipped = list(skipped)
+        for module in skipped:  # an attribute of the instance hides the method of its class
+            module.forward = pass_through(blocks[module])
         try:
-            logits = self.model(input_ids=ids_RL, use_cache=False).logits.float()
+            with removed_afterwards(handles):
+                logits = self._logits(ids_RL).float()
         finally:
-            for handle in handles:
-                handle.remove()
-            for block in skipped:
-                del block.forward
-        # The last column has no target and is cut off; slicing the logits would copy them.
-        targets = F.pad(ids_RL[:, 1:], (0, 1))
+            for module in skipped:
+                del module.forward
+        # Slicing the logits instead of padding the targets would copy them.
+        targets = F.pad(ids_RL[:, 1:], (0, 1)).to(logits.device)
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return losses.view(ids_RL.shape)[:, :-1]
+        return losses.view(ids_RL.shape)
+
+
+@torch.no_grad()
+def check_replacement(
+    lm: LanguageModel,
+    hooks: Iterable[int | str] | None = None,
+    ids_RL: Tensor | None = None,
+    tolerance: float = 1e-5,
+) -> float:
+    """The largest change of a next-token loss, in nats, when activations are put back as they are.
+
+    `hooks` are all layers unless given, rows a few of the model's tokens. Raises ValueError naming
+    the hook where losses change by more than `tolerance` times the largest loss: measurements
+    there would be wrong.
+    """
+    hooks = range(lm.n_layers + 1) if hooks is None else hooks
+    ids_RL = lm.probe_ids if ids_RL is None else ids_RL
+    clean, largest = lm.losses(ids_RL), 0.0
+    for hook in hooks:
+        x = lm.activations(ids_RL, [hook], bf16=False)[hook]
+        change = (lm.losses(ids_RL, hook, x) - clean).abs().max().item()
+        if not change <= tolerance * max(1.0, clean.max().item()):
+            raise ValueError(
+                f"putting the activations of {lm.name} at {hook!r} back changes next-token losses "
+                f"by up to {change:.2g} nats: nothing can be measured there"
+            )
+        largest = max(largest, change)
+    return largest
 
 
 def best_device() -> str:

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from tsae.language_model import LanguageModel, parse_hook
+from tsae.language_model import LanguageModel, check_replacement, real_tokens
 from tsae.stream import require_finite
 from tsae.text import keep_mask
+
+CHECKED_ROWS, CHECKED_TOKENS = 2, 32  # on which activations are put back as they are
 
 
 class ReconstructionError(NamedTuple):
@@ -42,7 +44,8 @@ class HeldoutText:
     """Token rows with their activations at one layer, and the cross-entropy when these change.
 
     ce_clean, ce_zero: cross-entropy in nats as it is, and with zeros at positions that count.
-    Raises ValueError for an unknown hook and for activations that are not finite.
+    Raises ValueError for an unknown hook, for activations that are not finite, and where putting
+    activations back as they are changes the losses (`check_replacement`).
     """
 
     def __init__(
@@ -53,18 +56,20 @@ class HeldoutText:
         include_bos: bool = False,
         batch_rows: int = 16,
     ) -> None:
-        self.lm, self.rows = lm, rows_RL.long()
-        self.layer = parse_hook(hook_name, lm.n_layers)
+        self.lm, self.rows, self.hook_name = lm, rows_RL.long(), hook_name
+        lm.require_hook(hook_name)
         self.keep = keep_mask(self.rows, lm, include_bos)
-        is_text = (self.rows != lm.separator_id) & (self.rows != lm.bos_id)
+        real = real_tokens(self.rows, lm.pad_id, lm.bos_id, lm.separator_id)
+        is_text = real & (self.rows != lm.separator_id) & (self.rows != lm.bos_id)
         # Predictions that count: made at a position that counts, of a token that is text.
-        self.predicted = self.keep[:, :-1] & (is_text[:, 1:] if not include_bos else True)
+        self.predicted = self.keep[:, :-1] & (real if include_bos else is_text)[:, 1:]
         self.batches = list(torch.arange(len(self.rows)).split(batch_rows))
         x = [
-            lm.activations(self.rows[batch], [self.layer], bf16=False)[self.layer]
+            lm.activations(self.rows[batch], [hook_name], bf16=False)[hook_name]
             for batch in self.batches
         ]
         self.x = require_finite(torch.cat(x), hook_name)  # [R, L, D]
+        check_replacement(lm, [hook_name], self.rows[:CHECKED_ROWS, :CHECKED_TOKENS])
         self.ce_clean = self.cross_entropy()
         self.ce_zero = self.patched_cross_entropy(torch.zeros(()))
 
@@ -86,7 +91,7 @@ class HeldoutText:
     def cross_entropy(self, x_RLD: Tensor | None = None) -> float:
         """Nats per predicted token, with these activations in place of the model's."""
         losses = [
-            self.lm.losses(self.rows[b], self.layer, None if x_RLD is None else x_RLD[b])
+            self.lm.losses(self.rows[b], self.hook_name, None if x_RLD is None else x_RLD[b])
             for b in self.batches
         ]
         return torch.cat(losses)[self.predicted.to(self.x.device)].mean().item()
@@ -105,7 +110,8 @@ def check_fit(sae: Any, lm: LanguageModel, rows_RL: Tensor, max_fvu: float = 0.5
     `max_fvu` on the rows. A published SAE on another model, layer or form of the stream (RES-JB
     wants the centred one) gives no error of its own, only garbage.
     """
-    layer = parse_hook(sae.cfg.hook_name, lm.n_layers)
+    hook = sae.cfg.hook_name
+    lm.require_hook(hook)
     if sae.cfg.d_in != lm.d_model:
         raise ValueError(
             f"the SAE's d_in is {sae.cfg.d_in}, the model's width {lm.d_model}: "
@@ -117,7 +123,7 @@ def check_fit(sae: Any, lm: LanguageModel, rows_RL: Tensor, max_fvu: float = 0.5
     x, x_hat = [], []
     for ids in rows_RL.long().split(8):
         keep = keep_mask(ids, lm)
-        part = lm.activations(ids, [layer], bf16=False)[layer][keep.to(lm.device)]
+        part = lm.activations(ids, [hook], bf16=False)[hook][keep.to(lm.device)]
         tokens = ids[keep].unsqueeze(-1).to(lm.device)
         with torch.no_grad():
             x_hat.append(sae(part, tokens).x_hat)

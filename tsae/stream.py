@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from tsae.language_model import LanguageModel, parse_hook
+from tsae.language_model import LanguageModel
 from tsae.text import keep_mask, last_tokens
 
 ENDLESS = 2**31
@@ -23,6 +23,8 @@ ENDLESS = 2**31
 
 class ActivationStream:
     """Endless shuffled batches (x_BD fp32, tokens_BN int64) of one hook point; the seed fixes them.
+
+    Any hook point of LanguageModel.activations will do; padding in the rows is left out.
 
     Rows are visited in a new random order each epoch. A preallocated buffer is filled, shuffled and
     drained; activations that do not fill a batch are dropped. A place in the stream is therefore
@@ -49,8 +51,8 @@ class ActivationStream:
             raise ValueError(
                 f"batch_size = {batch_size} must not exceed buffer_tokens = {buffer_tokens}"
             )
+        lm.require_hook(hook_name)
         self.lm, self.rows, self.hook_name = lm, rows_RL, hook_name
-        self.layer = parse_hook(hook_name, lm.n_layers)
         self.batch_size, self.seed = batch_size, seed
         self.order, self.include_bos = order, include_bos
         self.harvest_rows = harvest_rows  # rows per pass of the language model
@@ -81,7 +83,8 @@ class ActivationStream:
         for i in range(0, len(row_numbers), self.harvest_rows):
             ids = self.rows[row_numbers[i : i + self.harvest_rows]].long()
             keep = keep_mask(ids, self.lm, self.include_bos)
-            x = self.lm.activations(ids, [self.layer])[self.layer][keep.to(self.lm.device)]
+            x = self.lm.activations(ids, [self.hook_name])[self.hook_name]
+            x = x[keep.to(self.lm.device)]
             tokens = last_tokens(ids, self.order, self.lm.bos_id)[keep]
             self.x[n : n + len(x)] = x
             self.tokens[n : n + len(x)] = tokens.to(self.lm.device)
@@ -131,9 +134,9 @@ def unigram_activations(
     lm: LanguageModel, hook_name: str, batch: int = 2048, progress: bool = False
 ) -> Tensor:
     """A([BOS, t])_1 for every vocabulary item t [V, D], where the paper's table starts."""
-    layer, parts = parse_hook(hook_name, lm.n_layers), []
+    parts = []
     batches = torch.arange(lm.n_vocab).split(batch)
     for tokens in tqdm(batches, desc="unigram activations", disable=not progress):
         prompts = torch.stack([torch.full_like(tokens, lm.bos_id), tokens], dim=1)
-        parts.append(lm.activations(prompts, [layer])[layer][:, 1].cpu())
+        parts.append(lm.activations(prompts, [hook_name])[hook_name][:, 1].cpu())
     return require_finite(torch.cat(parts), hook_name)
