@@ -28,6 +28,7 @@ ROOT = Path(__file__).resolve().parent.parent
 torch.set_num_threads(2)
 
 VOCAB = 64
+HOOK = "blocks.2.hook_resid_pre"
 
 
 def word_tokenizer(**special) -> PreTrainedTokenizerFast:
@@ -126,6 +127,26 @@ def random_sae(d_in=6, d_sae=10, k=3, vocab=None, seed=0, **kwargs) -> tu.TSAE:
         if hasattr(sae, "threshold"):
             sae.threshold.fill_(0.3)
     return sae
+
+
+def random_weights_sae(
+    activation: str = "topk", d_in: int = 32, d_sae: int = 40, vocab: int | None = VOCAB
+) -> tu.TSAE:
+    """An SAE in evaluation mode whose tensors are all random, and none zero."""
+    generator = torch.Generator().manual_seed(0)
+    shape = {"d_in": d_in, "d_sae": d_sae, "k": 6}
+    origin = {"hook_name": HOOK, "model_name": "tiny", "context_size": 16}
+    table = None
+    if vocab is not None:
+        table = tu.TokenLookup(torch.randn(vocab, d_in, generator=generator))
+    sae = tu.TSAE(tu.TSAEConfig(activation=activation, **shape, **origin), table)
+    with torch.no_grad():
+        for tensor in (*sae.parameters(), *sae.buffers()):
+            if tensor.is_floating_point():
+                tensor.add_(0.3 * torch.randn(tensor.shape, generator=generator))
+        if hasattr(sae, "threshold"):
+            sae.threshold.abs_()
+    return sae.eval()
 
 
 def res_jb(folder: Path, weights: dict[str, torch.Tensor], hook: str, **changes) -> Path:
