@@ -8,7 +8,7 @@ PEERS := .venv-peers/bin/python
 RUN := $(PY) tools/run_notebooks.py
 
 .PHONY: help figures redraw replay record docs verify test test-resume test-saelens testbed \
-	export-saes bench clean
+	export-saes bench scan clean
 
 help:                       ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s:
@@ -54,6 +54,9 @@ export-saes: .venv/ready    ## the committed pair of SAEs, from the record's cac
 
 bench: .venv/ready .venv-peers/ready  ## speed against other libraries, side by side
 	$(PY) benchmarks/bench.py
+
+scan: .venv/ready           ## every causal architecture of transformers, tiny and random
+	$(PY) tools/scan_architectures.py
 
 clean:                      ## remove environments, caches and scratch figures
 	rm -rf .venv .venv-peers .cache figures/mini figures/smoke

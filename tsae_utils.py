@@ -31,7 +31,7 @@ from torch.nn import functional as F
 from tsae import distributed
 from tsae.hub import download, push_to_hub
 from tsae.kernels import SparsePass, dense_pass, keep_freed_memory, top_k
-from tsae.language_model import LanguageModel, hub_name, load_lm, parse_hook
+from tsae.language_model import LanguageModel, check_replacement, hub_name, load_lm, parse_hook
 from tsae.metrics import HeldoutText, check_fit, reconstruction_error, squared_error
 from tsae.run import Run, start_biases_
 from tsae.saelens import FILES, read_cfg, read_folder, refuse_other_files, save

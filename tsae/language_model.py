@@ -289,7 +289,7 @@ class LanguageModel:
             return self.model(input_ids=ids_RL.to(self.device), **inputs).logits
 
     def _require_rows(self, ids_RL: Tensor) -> None:
-        """Raise ValueError for rows that the model cannot read."""
+        """Raise ValueError for what is no rows, and for rows longer than the model's context."""
         if ids_RL.ndim != 2 or ids_RL.is_floating_point():
             raise ValueError(
                 f"token rows are whole numbers of shape [R, L], not {ids_RL.dtype} of shape "
@@ -300,6 +300,9 @@ class LanguageModel:
                 f"rows of {ids_RL.shape[1]} tokens are longer than {self.name}'s "
                 f"{self.max_context} positions: shorten the context"
             )
+
+    def _require_known(self, ids_RL: Tensor) -> None:
+        """Raise ValueError for tokens that the model does not have."""
         if not ids_RL.numel():
             return
         lowest, highest = (int(n) for n in ids_RL.aminmax())
@@ -315,10 +318,11 @@ class LanguageModel:
         A causal model gives a row that starts with text what it gives the text alone. Masks and
         positions, which architectures treat differently, are not needed.
         """
+        self._require_rows(ids_RL)
         ids_RL = ids_RL.to(self.device).long()
         real = real_tokens(ids_RL, self.pad_id, self.bos_id, self.separator_id)
         ids_RL = ids_RL.masked_fill(~real, self.bos_id)  # padding may have no embedding
-        self._require_rows(ids_RL)
+        self._require_known(ids_RL)
         places = torch.arange(ids_RL.shape[1], device=self.device)
         first = real.int().argmax(-1, keepdim=True)
         there, back = (places + first) % len(places), (places - first) % len(places)
