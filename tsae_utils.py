@@ -30,10 +30,17 @@ from torch.nn import functional as F
 
 from tsae import distributed
 from tsae.hub import download, push_to_hub
+from tsae.inputs import current_tokens, flat_pair, plain_sae, require_possible, require_width
 from tsae.kernels import SparsePass, dense_pass, keep_freed_memory, top_k
 from tsae.language_model import LanguageModel, check_replacement, hub_name, load_lm, parse_hook
-from tsae.metrics import HeldoutText, check_fit, reconstruction_error, squared_error
-from tsae.run import Run, start_biases_
+from tsae.metrics import (
+    HeldoutText,
+    check_fit,
+    reconstruction_error,
+    require_fit,
+    squared_error,
+)
+from tsae.run import Run, dead_features_error, start_biases_
 from tsae.saelens import FILES, read_cfg, read_folder, refuse_other_files, save
 from tsae.stream import ActivationStream, unigram_activations
 from tsae.text import keep_mask, last_tokens, read_documents, token_rows
@@ -60,19 +67,7 @@ class TSAEConfig:
     context_size: int = 0  # tokens per row, BOS included
 
     def __post_init__(self) -> None:
-        k, d_sae, norm = self.k, self.d_sae, self.decoder_init_norm
-        if self.activation not in (*ACTIVATIONS, "jumprelu"):
-            expected = ", ".join(ACTIVATIONS)
-            raise ValueError(f"unknown activation {self.activation!r}: expected one of {expected}")
-        if self.d_in < 1 or d_sae < 0:
-            raise ValueError(f"d_in = {self.d_in} and d_sae = {d_sae} must be positive")
-        if self.activation in ("topk", "batchtopk") and not 0 <= k <= d_sae:
-            advice = "lower k or widen the SAE"
-            raise ValueError(f"k = {k} must lie between 0 and d_sae = {d_sae}: {advice}")
-        if self.l1_coefficient < 0:
-            raise ValueError(f"l1_coefficient = {self.l1_coefficient} must not be negative")
-        if not 0 < norm < math.inf:
-            raise ValueError(f"decoder_init_norm = {norm} must be positive and finite")
+        require_possible(self, ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -120,15 +115,12 @@ class TokenLookup(nn.Module):
                 "it belongs to another vocabulary"
             )
 
-    def forward(self, tokens_BN: Tensor) -> Tensor:
-        """Rows [B, D] of the last tokens. Raises ValueError for a token without a row."""
-        current = tokens_BN[..., -1]
-        if current.numel() and int(current.max()) >= len(self.W):
-            raise ValueError(
-                f"token {int(current.max())} has no row in a lookup table of {len(self.W)} rows: "
-                "the table belongs to another vocabulary"
-            )
-        return F.embedding(current, self.W, sparse=self.by_rows)
+    def forward(self, tokens: Tensor | None) -> Tensor:
+        """Rows [B, D] of tokens [B], or of the last ones of [B, N].
+
+        Raises ValueError for another shape and for a token without a row.
+        """
+        return F.embedding(current_tokens(tokens, len(self.W)), self.W, sparse=self.by_rows)
 
 
 # ---------- 3  The SAE ----------------------------------------------------------------------------
@@ -137,8 +129,8 @@ class TokenLookup(nn.Module):
 class TSAEOutput(NamedTuple):
     """What a forward pass gives; the last two are 0 outside training mode."""
 
-    x_hat: Tensor  # [B, D], the table's row included
-    l0: Tensor  # active features per token [B]
+    x_hat: Tensor  # [B, D] or [R, L, D] as the input, the table's row included
+    l0: Tensor  # active features per token [B] or [R, L]
     fired: Tensor  # whether a feature was active on any token [F]
     sparsity: Tensor  # relu, gated: mean over tokens of sum_f a_f ||W_dec[f]||; gated: the gate's
     auxiliary: Tensor  # gated: squared error of the gate's reconstruction, decoder frozen
@@ -192,7 +184,11 @@ class TSAE(nn.Module):
         return self.b_gate if self.cfg.activation == "gated" else self.b_enc
 
     def pre_activations(self, x_BD: Tensor) -> Tensor:
-        """W_enc (x - b_dec) + b_enc for every feature [B, F]; for gated with b_gate."""
+        """W_enc (x - b_dec) + b_enc for every feature [B, F]; for gated with b_gate.
+
+        As `activate` and `encode`, it takes [R, L, D] too. Raises ValueError for another width.
+        """
+        require_width(x_BD, self.cfg.d_in)
         return F.linear(x_BD - self.b_dec, self.W_enc_FD, self.encoder_bias)
 
     def activate(self, pre_BF: Tensor) -> Tensor:
@@ -214,14 +210,27 @@ class TSAE(nn.Module):
         """Feature activations [B, F], dense."""
         return self.activate(self.pre_activations(x_BD))
 
-    def decode(self, acts_BF: Tensor, tokens_BN: Tensor) -> Tensor:
-        """Reconstruction [B, D] of dense activations, the tokens' rows included."""
-        x_hat = acts_BF @ self.W_dec + self.b_dec
-        return x_hat if self.lookup is None else x_hat + self.lookup(tokens_BN)
+    def table_rows(self, tokens_BN: Tensor | None) -> Tensor | float:
+        """The tokens' rows of the table [B, D]; 0 without a table."""
+        return 0.0 if self.lookup is None else self.lookup(tokens_BN)
 
-    def forward(self, x_BD: Tensor, tokens_BN: Tensor) -> TSAEOutput:
-        """Reconstruct activations x_BD that sit on tokens_BN (last column: the current token)."""
-        row_BD = 0.0 if self.lookup is None else self.lookup(tokens_BN)
+    def decode(self, acts: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Reconstruction of dense activations, the tokens' rows included; shapes as `forward`."""
+        acts_BF, tokens_BN = flat_pair(acts, tokens, self.cfg.d_sae)
+        x_hat_BD = acts_BF @ self.W_dec + self.b_dec + self.table_rows(tokens_BN)
+        return x_hat_BD.view(*acts.shape[:-1], self.cfg.d_in)
+
+    def forward(self, x: Tensor, tokens: Tensor | None = None) -> TSAEOutput:
+        """Reconstruct activations x that sit on `tokens`.
+
+        x [B, D] has tokens [B] or [B, N], whose last column is the current token; x [R, L, D] has
+        tokens [R, L]. Raises ValueError for other shapes and tokens without a row.
+        """
+        x_BD, tokens_BN = flat_pair(x, tokens, self.cfg.d_in)
+        out = self._forward(x_BD, self.table_rows(tokens_BN))
+        return out._replace(x_hat=out.x_hat.view(x.shape), l0=out.l0.view(x.shape[:-1]))
+
+    def _forward(self, x_BD: Tensor, row_BD: Tensor | float) -> TSAEOutput:
         is_top = self.cfg.activation in ("topk", "batchtopk")
         if self.cfg.d_sae == 0 or (self.cfg.k == 0 and is_top):  # the table alone
             x_hat, l0 = self.b_dec.expand_as(x_BD) + row_BD, x_BD.new_zeros(len(x_BD))
@@ -268,21 +277,10 @@ class TSAE(nn.Module):
         sparsity = self.cfg.l1_coefficient * l1_scale * out.sparsity
         return squared_error(x_BD, out.x_hat) + sparsity + out.auxiliary
 
-    def dead_features_error(self, x_BD: Tensor, x_hat_BD: Tensor, k: int, window: int) -> Tensor:
-        """AuxK: squared error of modelling x - x_hat by each token's k strongest dead features."""
-        dead = (self.tokens_since_fired >= window).nonzero().squeeze(-1)
-        if len(dead) == 0:
-            return x_BD.new_zeros(())
-        pre = F.linear(x_BD - self.b_dec.detach(), self.W_enc_FD[dead], self.b_enc[dead])
-        values, index = pre.topk(min(k, len(dead)), dim=-1, sorted=False)
-        rows, weights = self.W_dec[dead], values.relu()
-        modelled = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
-        return squared_error(x_BD - x_hat_BD.detach(), modelled)
-
     @torch.no_grad()
     def count_firing_(self, out: TSAEOutput) -> None:
         """Update tokens_since_fired [F], counted in tokens over all processes."""
-        self.tokens_since_fired += distributed.world_size() * len(out.x_hat)
+        self.tokens_since_fired += distributed.world_size() * out.l0.numel()
         self.tokens_since_fired[distributed.any_(out.fired)] = 0
 
     def dead_fraction(self, window: int) -> float:
@@ -299,15 +297,16 @@ def optimizers_for(sae: TSAE, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
 
     With `lookup_by_rows` the table has SparseAdam: it skips rows of absent tokens; Adam moves them.
     """
-    weights = [p for name, p in sae.named_parameters() if not name.startswith("lookup.")]
+    table = None if sae.lookup is None else sae.lookup.W
+    weights = [p for p in sae.parameters() if p is not table]
     group = {"params": weights, "lr": cfg.lr, "base_lr": cfg.lr}
     adam = torch.optim.Adam([group], fused=sae.W_dec.device.type != "mps")
-    if sae.lookup is None or not sae.lookup.W.requires_grad:
+    if table is None or not table.requires_grad:
         return [adam]
-    table = {"params": [sae.lookup.W], "lr": cfg.lr_lookup, "base_lr": cfg.lr_lookup}
+    group = {"params": [table], "lr": cfg.lr_lookup, "base_lr": cfg.lr_lookup}
     if cfg.lookup_by_rows:
-        return [adam, torch.optim.SparseAdam([table])]
-    adam.add_param_group(table)
+        return [adam, torch.optim.SparseAdam([group])]
+    adam.add_param_group(group)
     return [adam]
 
 
@@ -336,6 +335,7 @@ def train(
     Raises ValueError for an SAE that cannot be trained as configured and for a checkpoint of
     another run, FloatingPointError naming an SAE that diverged, OSError for a full disk.
     """
+    callables, saes = saes, {name: plain_sae(sae) for name, sae in saes.items()}
     cfgs = {name: cfg if isinstance(cfg, TrainConfig) else cfg[name] for name in saes}
     optimizers = {name: optimizers_for(sae, cfgs[name]) for name, sae in saes.items()}
     options = (log_every, progress, checkpoint, checkpoint_every)
@@ -347,7 +347,8 @@ def train(
                         start_biases_(sae, cfgs[name], x, tokens)
                     sae.threshold_rate = max(0.01, 10 / (step + 10))  # a short run must not lag
                     done = step / run.steps
-                    loss, out = train_step_(sae, optimizers[name], cfgs[name], x, tokens, done)
+                    part = (callables[name], optimizers[name], cfgs[name])
+                    loss, out = train_step_(*part, x, tokens, done)
                 run.log(name, step, x, loss, out)
             run.finish_step(step)
             if after_step is not None:
@@ -370,7 +371,7 @@ def train_step_(
     out = sae(x, tokens)
     loss = sae.loss(x, out, min(1.0, done / cfg.l1_warmup if cfg.l1_warmup else 1.0))
     if cfg.aux_k:
-        error = sae.dead_features_error(x, out.x_hat, cfg.aux_k, cfg.aux_window)
+        error = dead_features_error(sae, x, out.x_hat, cfg.aux_k, cfg.aux_window)
         loss = loss + cfg.aux_coefficient * error
     loss.backward()
     for optimizer in optimizers:
@@ -398,18 +399,15 @@ class Evaluator(HeldoutText):
     ce_recovered = 1 - (ce_patched - ce_clean) / (ce_zero - ce_clean), ce_zero with zeros in place.
 
     Position 0, separators and the prediction made at BOS are left out, and BOS is never patched;
-    `include_bos` includes them as the paper did. Everything is fp32, whatever it was in training.
+    `include_bos` includes them as the paper did. An SAE of any type and device is measured in fp32
+    on the model's device, and left as it was.
     """
 
     @torch.no_grad()
     def __call__(self, sae: TSAE) -> dict[str, float]:
-        if sae.lookup is not None:
-            sae.lookup.check_vocabulary(self.lm.n_vocab)
-        was_training, x_BD = sae.training, self.x_BD
-        sae.eval()
+        sae, x_BD = require_fit(sae, self.lm, self.x), self.x_BD
         parts = zip(x_BD.split(4096), self.tokens_BN.split(4096), strict=True)
         outputs = [sae(x, tokens) for x, tokens in parts]
-        sae.train(was_training)
         x_hat_BD = torch.cat([out.x_hat for out in outputs])
         l0 = sum(int(out.l0.sum()) for out in outputs) / len(x_BD)
         ce_patched = self.patched_cross_entropy(x_hat_BD)

@@ -5,12 +5,14 @@ Axes: R rows, L sequence, B positions that count, D d_in.
 
 from __future__ import annotations
 
+import copy
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from tsae.inputs import plain_sae
 from tsae.language_model import LanguageModel, check_replacement, real_tokens
 from tsae.stream import require_finite
 from tsae.text import keep_mask
@@ -27,12 +29,21 @@ class ReconstructionError(NamedTuple):
 
 
 def squared_error(x_BD: Tensor, x_hat_BD: Tensor) -> Tensor:
-    """||x - x_hat||^2, mean over the batch (the authors' loss)."""
-    return F.mse_loss(x_hat_BD, x_BD, reduction="sum") / len(x_BD)
+    """||x - x_hat||^2, mean over all axes but the last (the authors' loss)."""
+    return F.mse_loss(x_hat_BD, x_BD, reduction="sum") / x_BD[..., 0].numel()
 
 
 def reconstruction_error(x_BD: Tensor, x_hat_BD: Tensor) -> ReconstructionError:
-    """The three errors of a reconstruction."""
+    """The three errors of a reconstruction [B, D] or [R, L, D].
+
+    Raises ValueError where the two shapes differ.
+    """
+    if x_BD.shape != x_hat_BD.shape or x_BD.ndim < 2:
+        raise ValueError(
+            f"a reconstruction of shape {list(x_hat_BD.shape)} does not fit activations of shape "
+            f"{list(x_BD.shape)}: expected the same shape, [B, D] or [R, L, D]"
+        )
+    x_BD, x_hat_BD = x_BD.flatten(0, -2), x_hat_BD.flatten(0, -2)
     error = (x_BD - x_hat_BD).square().sum(-1)
     ratio = error / x_BD.square().sum(-1)
     variance = (x_BD - x_BD.mean(0)).square().sum()
@@ -103,6 +114,28 @@ class HeldoutText:
         return self.cross_entropy(x)
 
 
+@torch.no_grad()
+def require_fit(sae: Any, lm: LanguageModel, x: Tensor) -> Any:
+    """The SAE in fp32, on the device of activations x [..., D], in evaluation mode.
+
+    It is a copy where the SAE is anything else. Raises ValueError for an SAE of another width or
+    vocabulary, and for an object that is no SAE.
+    """
+    sae = plain_sae(sae)
+    if sae.cfg.d_in != x.shape[-1]:
+        raise ValueError(
+            f"the SAE's d_in is {sae.cfg.d_in}, the width of the activations {x.shape[-1]}: "
+            "it belongs to another model or hook point"
+        )
+    if sae.lookup is not None:
+        sae.lookup.check_vocabulary(lm.n_vocab)
+    tensors = [*sae.parameters(), *sae.buffers()]
+    is_as_wanted = {t.dtype for t in tensors} <= {torch.float32, torch.int64}
+    if is_as_wanted and not sae.training and {t.device for t in tensors} == {x.device}:
+        return sae
+    return copy.deepcopy(sae).to(x.device, torch.float32).eval()
+
+
 def check_fit(sae: Any, lm: LanguageModel, rows_RL: Tensor, max_fvu: float = 0.5) -> Any:
     """The SAE itself, on the model's device.
 
@@ -110,28 +143,19 @@ def check_fit(sae: Any, lm: LanguageModel, rows_RL: Tensor, max_fvu: float = 0.5
     `max_fvu` on the rows. A published SAE on another model, layer or form of the stream (RES-JB
     wants the centred one) gives no error of its own, only garbage.
     """
-    hook = sae.cfg.hook_name
+    hook, x = plain_sae(sae).cfg.hook_name, []
     lm.require_hook(hook)
-    if sae.cfg.d_in != lm.d_model:
-        raise ValueError(
-            f"the SAE's d_in is {sae.cfg.d_in}, the model's width {lm.d_model}: "
-            "it belongs to another model"
-        )
-    if sae.lookup is not None:
-        sae.lookup.check_vocabulary(lm.n_vocab)
-    sae = sae.to(lm.device)
-    x, x_hat = [], []
     for ids in rows_RL.long().split(8):
-        keep = keep_mask(ids, lm)
-        part = lm.activations(ids, [hook], bf16=False)[hook][keep.to(lm.device)]
-        tokens = ids[keep].unsqueeze(-1).to(lm.device)
-        with torch.no_grad():
-            x_hat.append(sae(part, tokens).x_hat)
-        x.append(part)
+        keep = keep_mask(ids, lm).to(lm.device)
+        x.append(lm.activations(ids, [hook], bf16=False)[hook][keep])
+    measured = require_fit(sae, lm, x[0])
+    tokens = rows_RL[keep_mask(rows_RL, lm)].to(lm.device).split([len(part) for part in x])
+    with torch.no_grad():
+        x_hat = [measured(*pair).x_hat for pair in zip(x, tokens, strict=True)]
     fvu = reconstruction_error(torch.cat(x), torch.cat(x_hat)).fvu
     if not fvu <= max_fvu:
         raise ValueError(
-            f"FVU {fvu:.2f} at {sae.cfg.hook_name} of {lm.name} is above {max_fvu}: the SAE was "
+            f"FVU {fvu:.2f} at {hook} of {lm.name} is above {max_fvu}: the SAE was "
             "trained on another model, layer or form of the residual stream"
         )
-    return sae
+    return sae.to(lm.device)

@@ -16,11 +16,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from tsae import distributed
 from tsae.checkpoint import read_checkpoint, write_checkpoint
+from tsae.inputs import flat_pair
 from tsae.kernels import fast_bf16
+from tsae.metrics import squared_error
 from tsae.stream import ActivationStream
 
 Optimizers = Mapping[str, list[torch.optim.Optimizer]]
@@ -67,7 +70,8 @@ def start_biases_(sae: Any, cfg: Any, x: Tensor, tokens: Tensor) -> None:
     every system). With `start_l0` every feature's encoder bias lets it fire on an equal share of
     the batch, so that about `start_l0` features are active per token.
     """
-    remainder = x if sae.lookup is None else x - sae.lookup(tokens)
+    x, tokens = flat_pair(x, tokens, sae.cfg.d_in)
+    remainder = x - sae.table_rows(tokens)
     sae.b_dec.copy_(remainder.mean(0))
     distributed.average_(sae.b_dec)
     activation = sae.cfg.activation
@@ -77,12 +81,27 @@ def start_biases_(sae: Any, cfg: Any, x: Tensor, tokens: Tensor) -> None:
     firings = max(1, round(len(x) * share))
     thresholds = []
     for features in torch.arange(sae.cfg.d_sae, device=x.device).split(2048):
-        pre = torch.nn.functional.linear(x - sae.b_dec, sae.W_enc_FD[features])
+        pre = F.linear(x - sae.b_dec, sae.W_enc_FD[features])
         thresholds.append(pre.topk(firings, dim=0).values[-1])
     lowest = torch.cat(thresholds)
     distributed.average_(lowest)
     for bias in [sae.b_enc] if activation == "relu" else [sae.b_gate, sae.b_mag]:
         bias.copy_(-lowest)
+
+
+def dead_features_error(sae: Any, x_BD: Tensor, x_hat_BD: Tensor, k: int, window: int) -> Tensor:
+    """AuxK: squared error of modelling x - x_hat by each token's k strongest dead features.
+
+    Dead are those silent for `window` tokens (Gao et al. 2024; the paper's authors have none).
+    """
+    dead = (sae.tokens_since_fired >= window).nonzero().squeeze(-1)
+    if len(dead) == 0:
+        return x_BD.new_zeros(())
+    pre = F.linear(x_BD - sae.b_dec.detach(), sae.W_enc_FD[dead], sae.b_enc[dead])
+    values, index = pre.topk(min(k, len(dead)), dim=-1, sorted=False)
+    rows, weights = sae.W_dec[dead], values.relu()
+    modelled = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
+    return squared_error(x_BD - x_hat_BD.detach(), modelled)
 
 
 @torch.no_grad()
