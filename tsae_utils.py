@@ -320,13 +320,15 @@ def train(
     after_step: Callable[[int], None] | None = None,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1_000_000,
+    history: list[dict] | None = None,
 ) -> list[dict]:
     """Train every SAE in place on the same batches; the language model runs once for all of them.
 
     `cfg` is one TrainConfig or one per name (equal `tokens`). Returns the history: per SAE a row
     every `log_every` steps and at the last (system, step, tokens, loss, nmse, l0, dead_fraction,
     seconds), where seconds is the time spent on that SAE alone (on a GPU, on the one that waits).
-    `after_step(step)` is called after every step. Afterwards the SAEs are in evaluation mode.
+    Rows go into `history` where a list is given, which keeps them in case of an error. After every
+    step `after_step(step)` is called. Afterwards the SAEs are in evaluation mode.
 
     With `checkpoint`, a file, everything is saved every `checkpoint_every` tokens and at the end. A
     run that finds the file resumes; on the same CPU and threads it ends bit for bit as without a
@@ -338,7 +340,7 @@ def train(
     callables, saes = saes, {name: plain_sae(sae) for name, sae in saes.items()}
     cfgs = {name: cfg if isinstance(cfg, TrainConfig) else cfg[name] for name in saes}
     optimizers = {name: optimizers_for(sae, cfgs[name]) for name, sae in saes.items()}
-    options = (log_every, progress, checkpoint, checkpoint_every)
+    options = (log_every, progress, checkpoint, checkpoint_every, history)
     with Run(saes, cfgs, optimizers, stream, *options) as run:
         for step, (x, tokens) in run.batches():
             for name, sae in saes.items():

@@ -89,14 +89,15 @@ def start_biases_(sae: Any, cfg: Any, x: Tensor, tokens: Tensor) -> None:
         bias.copy_(-lowest)
 
 
-def dead_features_error(sae: Any, x_BD: Tensor, x_hat_BD: Tensor, k: int, window: int) -> Tensor:
+def dead_features_error(sae: Any, x: Tensor, x_hat: Tensor, k: int, window: int) -> Tensor:
     """AuxK: squared error of modelling x - x_hat by each token's k strongest dead features.
 
     Dead are those silent for `window` tokens (Gao et al. 2024; the paper's authors have none).
     """
     dead = (sae.tokens_since_fired >= window).nonzero().squeeze(-1)
     if len(dead) == 0:
-        return x_BD.new_zeros(())
+        return x.new_zeros(())
+    x_BD, x_hat_BD = x.flatten(0, -2), x_hat.flatten(0, -2)
     pre = F.linear(x_BD - sae.b_dec.detach(), sae.W_enc_FD[dead], sae.b_enc[dead])
     values, index = pre.topk(min(k, len(dead)), dim=-1, sorted=False)
     rows, weights = sae.W_dec[dead], values.relu()
@@ -200,17 +201,19 @@ class Run:
         progress: bool,
         checkpoint: str | Path | None,
         checkpoint_every: int,
+        history: list[dict] | None = None,
     ) -> None:
         require_trainable(saes, cfgs, stream)
         self.saes, self.cfgs, self.stream = saes, cfgs, stream
         self.optimizers = optimizers
-        self.log_every, self.checkpoint = log_every, checkpoint
+        self.log_every = log_every
+        self.checkpoint = None if checkpoint is None else Path(checkpoint).expanduser()
         self.batch = stream.batch_size * distributed.world_size()
         self.steps = max(1, next(iter(cfgs.values())).tokens // self.batch)
         self.checkpoint_steps = max(1, checkpoint_every // self.batch)
         self.first, self.position = 0, (0, 0)
         self.seconds = dict.fromkeys(saes, 0.0)
-        self.history: list[dict] = []
+        self.history: list[dict] = [] if history is None else history
         self.fingerprint: dict[str, dict] = {}
         if checkpoint is not None:
             if not isinstance(stream, ActivationStream):
@@ -218,7 +221,7 @@ class Run:
                     "a checkpoint needs a stream that can resume: give an ActivationStream"
                 )
             self.fingerprint = run_fingerprint(saes, cfgs, stream)
-            if Path(checkpoint).exists():
+            if self.checkpoint.exists():
                 self._restore()
         distributed.require_equal_starts(self.first, next(iter(saes.values())).W_dec.device)
         for sae in saes.values():
@@ -316,4 +319,5 @@ class Run:
             )
         restore_tensors_(self.saes, self.optimizers, tensors)
         self.first, self.position = state["step"], tuple(position)
-        self.seconds, self.history = state["seconds"], state["history"]
+        self.seconds = state["seconds"]
+        self.history[:] = state["history"]
