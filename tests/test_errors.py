@@ -10,6 +10,10 @@ import pytest
 import torch
 from lab import Lab
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import WhitespaceSplit
+from transformers import PreTrainedTokenizerFast
 
 import tsae_utils as tu
 from conftest import MODELS, random_sae, save_model, word_tokenizer
@@ -80,14 +84,12 @@ def test_bos_beyond_the_embedding():
 
 
 def test_tokenizer_of_another_model(lm):
-    class Shifted:
-        def __call__(self, texts, **_):
-            return {"input_ids": [[100] * 30 for _ in texts]}
-
-    other = tu.LanguageModel(lm.model, word_tokenizer(bos_token="<s>"), "m")
-    other.tokenizer = Shifted()
+    foreign = Tokenizer(WordLevel({"<s>": 0, "w": 100}, unk_token="<s>"))
+    foreign.pre_tokenizer = WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=foreign, bos_token="<s>")
+    other = tu.LanguageModel(lm.model, tokenizer, "m")
     with raises(ValueError, "token id 100 lies beyond the embedding of 64 rows"):
-        tu.token_rows(["a"], other, 8)
+        tu.token_rows(["w " * 30], other, 8)
 
 
 @pytest.mark.parametrize(
@@ -125,11 +127,14 @@ def test_empty_corpus(lm, tmp_path):
 
 def test_corpus_of_another_format(tmp_path):
     (tmp_path / "a.csv").write_text("text\nhello\n")
-    message = "cannot read a.csv: expected .txt, .jsonl or .parquet with a column 'text'"
+    message = "cannot read .*a.csv: expected a .txt, .jsonl or .parquet file, by its name"
     with raises(ValueError, message):
         list(tu.read_documents(tmp_path / "a.csv"))
     (tmp_path / "b.jsonl").write_text('{"body": "hello", "id": 1}\n')
-    message = r"document 0 has no text under 'text'; its columns are \['body', 'id'\]"
+    message = (
+        r"b.jsonl, line 1 has no text under 'text' and no 'input_ids'; "
+        r"its columns are \['body', 'id'\]"
+    )
     with raises(ValueError, message):
         list(tu.read_documents(tmp_path / "b.jsonl"))
     (tmp_path / "only").mkdir()
@@ -138,10 +143,10 @@ def test_corpus_of_another_format(tmp_path):
     with raises(FileNotFoundError, "no corpus at .*gone.jsonl"):
         list(tu.read_documents(tmp_path / "gone.jsonl"))
     (tmp_path / "c.parquet").write_bytes(b"not parquet")
-    with raises(ValueError, "cannot read .*c.parquet"):
+    with raises(ValueError, "c.parquet is damaged or cut short .*expected a whole parquet file"):
         list(tu.read_documents(tmp_path / "c.parquet"))
     (tmp_path / "d.jsonl").write_text("this is not json\n")
-    with raises(ValueError, "cannot read .*d.jsonl"):
+    with raises(ValueError, "d.jsonl, line 1 is not JSON .*expected one object per line"):
         list(tu.read_documents(tmp_path / "d.jsonl"))
 
 

@@ -1,123 +1,496 @@
-"""From documents to token rows. Axes: R rows, L sequence."""
+"""From documents to token rows. Axes: R rows, L sequence.
+
+A document is a text, or the token ids of a data set that is tokenized already.
+"""
 
 from __future__ import annotations
 
+import gzip
+import hashlib
+import json
 import math
 import os
+import re
+import zlib
 from array import array
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import chain, compress, pairwise
 from pathlib import Path
+from typing import IO, Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm.auto import tqdm
 
 from tsae.language_model import LanguageModel, hub_name, real_tokens
 
-KINDS = {".txt": "text", ".jsonl": "json", ".json": "json", ".gz": "json", ".parquet": "parquet"}
+EXPECTED = ".txt, .jsonl or .parquet"  # .json and .gz are read too
+IDS, MASK = "input_ids", "attention_mask"  # columns of text that is tokenized already
+NETWORK = {
+    "aiohttp",
+    "fsspec",
+    "httpcore",
+    "httpx",
+    "httpx2",
+    "huggingface_hub",
+    "requests",
+    "urllib3",
+}
+SPACE = re.compile(r"[ \t\n\r]*")  # what JSON calls white space
+BATCH_DOCUMENTS, BATCH_CHARACTERS = 512, 2**22  # tokenized together, whichever is reached first
+
+# (Where the row stands, the row). Lines and elements count from 1, rows of tables from 0.
+Rows = Iterator[tuple[str, Any]]
 
 
-def local_files(source: str | Path, text_column: str) -> list[Path]:
-    """The files of a local corpus; none for the name of a hub data set.
+class TokenIds(list):
+    """Token ids of one document, and where they were read.
 
-    Raises ValueError for files of another kind, FileNotFoundError for a path where nothing is.
+    `padded` is False where an attention mask has told the padding.
     """
-    path = Path(source).expanduser()
+
+    def __init__(self, ids: Iterable[int], place: str, padded: bool = True) -> None:
+        super().__init__(ids)
+        self.place, self.padded = place, padded
+
+
+Document = str | Sequence[int]
+
+
+# -- readers: from a file and the name of its text column to rows --
+
+
+def open_file(path: Path, mode: str, **options) -> IO:
+    """A file, decompressed where its name ends in .gz."""
+    return (gzip.open if path.suffix.lower() == ".gz" else open)(path, mode, **options)
+
+
+def paragraph_rows(path: Path, text_column: str) -> Rows:
+    """Paragraphs of a text file, which an empty line ends."""
+    paragraph, number = [], 0
+    with open_file(path, "rt", encoding="utf-8-sig") as lines:
+        for number, line in enumerate(lines, 1):
+            if line == "\n" and paragraph:
+                yield f"{path}, line {number}", {text_column: "".join(paragraph)[:-1]}
+                paragraph = []
+            else:
+                paragraph.append(line)
+    yield f"{path}, line {number}", {text_column: "".join(paragraph)}
+
+
+def json_rows(path: Path, text_column: str) -> Rows:
+    """Values of a JSON file: one per line, or the elements of one array."""
+    with open_file(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+        first = file.read(1)
+        while first.isspace():
+            first = file.read(1)
+        file.seek(0)
+        yield from json_array(path, file) if first == "[" else json_lines(path, file)
+
+
+def json_lines(path: Path, file: IO[str]) -> Rows:
+    """The value of every line that is not blank."""
+    for number, line in enumerate(file, 1):
+        place = f"{path}, line {number}"
+        if not line.isspace():
+            try:
+                value = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise not_json(place, error) from None
+            yield place, value
+
+
+def json_array(path: Path, file: IO[str], chunk: int = 2**16) -> Rows:
+    """The elements of an array. One element and a chunk of text are in memory."""
+    text, start, number, wanted, value = "", 0, 0, chunk, None
+    while value is not END:
+        place = f"{path}, element {number + 1}"
+        try:
+            value, end = json_element(text, start, is_first=number == 0)
+        except (ValueError, RecursionError) as error:
+            more = file.read(wanted) if is_cut(text, error) else ""
+            if not more:
+                raise not_json(place, error) from None
+            text, start, wanted = text[start:] + more, 0, 2 * wanted
+        else:
+            start, wanted = end, chunk
+            if value is not END:
+                yield place, value
+                number += 1
+    if (text[start:] + file.read(chunk)).strip():
+        raise not_json(place, "text follows the end of the array")
+
+
+END = object()  # the bracket that closes an array
+
+
+def json_element(text: str, start: int, is_first: bool) -> tuple[Any, int]:
+    """(Next element of an array or END, where it ends). Raises ValueError, RecursionError."""
+    delimiter = "[" if is_first else ","
+    start = SPACE.match(text, start).end()
+    if not is_first and text.startswith("]", start):
+        return END, start + 1
+    if not text.startswith(delimiter, start):
+        raise json.JSONDecodeError(f"Expecting {delimiter!r}", text, start)
+    start = SPACE.match(text, start + 1).end()
+    if is_first and text.startswith("]", start):
+        return END, start + 1
+    return json.JSONDecoder().raw_decode(text, start)
+
+
+def is_cut(text: str, error: Exception) -> bool:
+    """Whether an element may fail because the text ends within it.
+
+    It then fails near the end, or at the start of a string that has none.
+    """
+    if not isinstance(error, json.JSONDecodeError):
+        return False
+    return error.pos >= len(text) - 16 or error.msg.startswith("Unterminated string")
+
+
+def not_json(place: str, error: Exception | str) -> ValueError:
+    reason = getattr(error, "msg", error)
+    return ValueError(
+        f"{place} is not JSON ({reason}): expected one object per line, or one array of objects"
+    )
+
+
+def parquet_rows(path: Path, text_column: str) -> Rows:
+    """Rows of a parquet file, with the columns that are needed."""
+    from pyarrow.parquet import ParquetFile
+
+    if path.stat().st_size == 0:
+        return
+    with ParquetFile(path) as file:
+        columns = needed_columns(file.schema_arrow.names, text_column)
+        yield from arrow_rows(path, file.iter_batches(1024, columns=columns))
+
+
+def needed_columns(names: list[str], text_column: str) -> list[str]:
+    """The text column, or those of tokenized text; all where there is neither."""
+    if text_column in names:
+        return [text_column]
+    return [name for name in names if name in (IDS, MASK)] if IDS in names else names
+
+
+def arrow_rows(path: Path, batches: Iterable) -> Rows:
+    """Rows of pyarrow's record batches, counted from 0. Raises ValueError for broken text."""
+    number = 0
+    for batch in batches:
+        for row in range(batch.num_rows):
+            place = f"{path}, row {number}"
+            try:
+                columns = zip(batch.schema.names, batch.columns, strict=True)
+                yield place, {name: column[row].as_py() for name, column in columns}
+            except UnicodeDecodeError as error:
+                raise ValueError(
+                    f"{place} is not UTF-8 ({error.reason}): write the file again as UTF-8"
+                ) from None
+            number += 1
+
+
+READERS: dict[str, Callable[[Path, str], Rows]] = {
+    ".txt": paragraph_rows,
+    ".jsonl": json_rows,
+    ".json": json_rows,
+    ".parquet": parquet_rows,
+}
+
+
+def reader_of(path: Path) -> Callable[[Path, str], Rows] | None:
+    """The reader that a file's name asks for: a.txt.gz is text, other .gz is JSON."""
+    suffix = path.suffix.lower()
+    if suffix == ".gz":
+        return READERS.get(Path(path.stem).suffix.lower(), json_rows)
+    return READERS.get(suffix)
+
+
+# -- sources: a file, a folder, a saved data set, the hub --
+
+
+def local_path(source: str | Path) -> Path:
+    """The path with ~ for the home folder."""
+    try:
+        return Path(source).expanduser()
+    except RuntimeError as error:  # ~someone
+        raise FileNotFoundError(f"no corpus at {source}: {error}") from None
+
+
+def is_saved_data_set(path: Path) -> bool:
+    """Whether datasets' save_to_disk wrote this folder."""
+    names = {file.name for file in path.iterdir()} if path.is_dir() else set()
+    return "dataset_dict.json" in names or {"dataset_info.json", "state.json"} <= names
+
+
+def local_files(source: str | Path) -> list[Path]:
+    """Files of a local corpus, hidden ones left out; none for the name of a hub data set.
+
+    Raises ValueError for files of another kind or of several kinds, FileNotFoundError for a path
+    where nothing is.
+    """
+    path = local_path(source)
     if path.is_dir():
-        files = sorted(f for f in path.iterdir() if f.suffix in KINDS)
-        if not files:
-            raise ValueError(f"no text in {path}: expected .txt, .jsonl or .parquet files")
-        return files
-    if path.is_file():
-        if path.suffix not in KINDS:
-            raise ValueError(
-                f"cannot read {path.name}: expected .txt, .jsonl or .parquet "
-                f"with a column {text_column!r}"
-            )
+        entries = path.rglob("*") if is_saved_data_set(path) else path.iterdir()
+        files = sorted(f for f in entries if not (f.name.startswith(".") or f.is_dir()))
+        return files if is_saved_data_set(path) else files_of_one_kind(path, files)
+    if path.exists():
+        if reader_of(path) is None:
+            raise ValueError(f"cannot read {path}: expected a {EXPECTED} file, by its name")
         return [path]
-    if path.is_absolute() or path.suffix in KINDS or str(source).startswith("."):
+    name = hub_name(source)[0].partition(":")[0]
+    if path.is_absolute() or reader_of(path) or name.startswith(".") or name.count("/") > 1:
         raise FileNotFoundError(
-            f"no corpus at {path}: expected a .txt, .jsonl or .parquet file, a folder of them, "
-            "or a hub id"
+            f"no corpus at {path}: expected a {EXPECTED} file, a folder of them, or a hub id"
         )
     return []
 
 
-def dataset_arguments(source: str | Path, files: list[Path]) -> tuple[str, dict]:
-    """What datasets.load_dataset needs to read these files or that hub data set."""
-    if files:
-        kind = KINDS[files[0].suffix]
-        sampling = {"sample_by": "paragraph"} if kind == "text" else {}
-        return kind, {"data_files": [str(f) for f in files], **sampling}
-    name, revision = hub_name(source)
-    name, _, configuration = name.partition(":")
-    return name, {"name": configuration or None, "revision": revision}
+def files_of_one_kind(folder: Path, files: list[Path]) -> list[Path]:
+    """Those files that have a reader. Raises ValueError for none, and for several readers."""
+    by_reader: dict[Callable, list[Path]] = {}
+    for file in files:
+        if reader := reader_of(file):
+            by_reader.setdefault(reader, []).append(file)
+    if not by_reader:
+        raise ValueError(f"no text in {folder}: expected {EXPECTED} files, not in folders below it")
+    if len(by_reader) > 1:
+        names = " and ".join(group[0].name for group in by_reader.values())
+        raise ValueError(
+            f"{folder} holds files of several kinds, {names}: expected text of one kind, so move "
+            "the others or name one file"
+        )
+    return next(iter(by_reader.values()))
 
 
-def read_documents(source: str | Path, text_column: str = "text") -> Iterator[str]:
-    """Documents of a local file, of a folder of files, or of a hub data set.
+def file_rows(path: Path, text_column: str) -> Rows:
+    """Rows of one file. Raises ValueError with the place for a file that is damaged."""
+    from pyarrow import ArrowException
 
-    Local files are .txt (a document per paragraph), .jsonl or .parquet. A hub data set is "name" or
-    "name:configuration", either with "@revision"; its split "train" is streamed. Raises
-    FileNotFoundError or ValueError with what was expected.
+    after = ""
+    try:
+        for place, row in reader_of(path)(path, text_column):
+            yield place, row
+            after = f" after{place.removeprefix(str(path)).replace(',', '')}"
+    except UnicodeDecodeError:
+        raise ValueError(
+            f"{path}, line {undecodable_line(path)} is not UTF-8: save the file as UTF-8"
+        ) from None
+    except (ArrowException, EOFError, OSError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise  # no permission, for one, which is no damage
+        kind = "gzip" if path.suffix.lower() == ".gz" else path.suffix.lower()[1:]
+        raise ValueError(
+            f"{path} is damaged or cut short{after} ({error}): expected a whole {kind} file, so "
+            "fetch it again"
+        ) from error
+
+
+def undecodable_line(path: Path) -> int:
+    """Number of the first line that is not UTF-8."""
+    with open_file(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            try:
+                line.decode()
+            except UnicodeDecodeError:
+                return number
+    raise ValueError(f"{path} changed while it was read: read it again")
+
+
+def saved_rows(path: Path, text_column: str) -> Rows:
+    """Rows of what save_to_disk wrote. Raises ValueError for damage and for no split "train"."""
+    from datasets import load_from_disk
+    from pyarrow import ArrowException
+
+    try:
+        data = load_from_disk(str(path))
+    except (ArrowException, KeyError, OSError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error}): expected a folder that save_to_disk wrote"
+        ) from error
+    if isinstance(data, dict):
+        if "train" not in data:
+            raise ValueError(
+                f"{path} holds the splits {', '.join(sorted(data))}: expected 'train', so name the "
+                "folder of one split"
+            )
+        data = data["train"]
+    columns = needed_columns(data.column_names, text_column)
+    tables = data.with_format("arrow").select_columns(columns).iter(1024)
+    yield from arrow_rows(path, chain.from_iterable(table.to_batches() for table in tables))
+
+
+def is_broken_connection(error: BaseException) -> bool:
+    """Whether an error is of the operating system or of a library for networks."""
+    packages = {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
+    return isinstance(error, OSError) or not packages.isdisjoint(NETWORK)
+
+
+def hub_rows(source: str | Path) -> Rows:
+    """Rows of the split "train" of a hub data set, streamed.
+
+    Raises FileNotFoundError where the hub gives nothing, ConnectionError where it stops.
     """
-    # Without this even reading a local file is reported to the hub.
-    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
-    from huggingface_hub.errors import HTTPError
 
-    name, options = dataset_arguments(source, local_files(source, text_column))
+    name, revision = hub_name(source)
+    name, _, configuration = name.partition(":")
+    options = {"name": configuration or None, "revision": revision}
+    number = 0
     try:
-        rows = load_dataset(name, split="train", streaming=True, **options)
-        for position, row in enumerate(rows):
-            text = row.get(text_column)
-            if not isinstance(text, str):
-                raise KeyError(
-                    f"document {position} has no text under {text_column!r}; "
-                    f"its columns are {sorted(row)}"
-                )
-            if text.strip():
-                yield text
+        for row in load_dataset(name, split="train", streaming=True, **options):
+            yield f"{source}, row {number}", row
+            number += 1
     except StopIteration:  # how datasets answers an empty JSON file
         return
-    except KeyError as error:
-        raise ValueError(f"{source}: {error.args[0]}") from None
-    except (ValueError, DatasetGenerationError) as error:
+    except Exception as error:
+        if number and is_broken_connection(error):
+            raise ConnectionError(
+                f"{source} broke off after {number:,} rows: check the network and start again "
+                f"({error})"
+            ) from error
+        if is_broken_connection(error):
+            raise FileNotFoundError(
+                f"the data set {str(source)!r} is neither a local file nor one the hub gave: check "
+                f"the name and the network, or give a local copy ({error})"
+            ) from error
+        if isinstance(error, ValueError | RuntimeError | DatasetGenerationError):
+            raise ValueError(
+                f"cannot read {source}: expected a hub data set with a split 'train' ({error})"
+            ) from error
+        raise
+
+
+# -- documents --
+
+
+def read_documents(source: str | Path, text_column: str = "text") -> Iterator[Document]:
+    """Documents of a local file, of a folder of files, or of a hub data set.
+
+    Local files are .txt (a document per paragraph), .jsonl, .json or .parquet, the first three also
+    compressed (.gz). A folder holds files of one kind, or is what datasets' save_to_disk wrote. A
+    hub data set is "name" or "name:configuration", either with "@revision"; its split "train" is
+    streamed. A path that exists is never taken for a hub name.
+
+    Blank texts are skipped. Without the text column, a column `input_ids` gives token ids, and
+    `attention_mask` tells their padding. Raises FileNotFoundError, ValueError or, where a stream
+    breaks off, ConnectionError with what was expected.
+    """
+    # Without this even reading a local data set is reported to the hub.
+    os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")
+    path = local_path(source)
+    if is_saved_data_set(path):
+        rows = saved_rows(path, text_column)
+    elif files := local_files(source):
+        rows = chain.from_iterable(file_rows(file, text_column) for file in files)
+    else:
+        rows = hub_rows(source)
+    for place, row in rows:
+        if document := to_document(place, row, text_column):
+            yield document
+
+
+def to_document(place: str, row: Any, text_column: str) -> Document:
+    """Text or token ids of a row, empty for a blank one. Raises ValueError with the place."""
+    if isinstance(row, str):
+        row = {text_column: row}
+    if not isinstance(row, dict):
+        raise ValueError(f"{place} is {described(row)}: expected an object with {text_column!r}")
+    if text_column not in row:
+        if IDS in row:
+            return to_token_ids(place, row)
         raise ValueError(
-            f"cannot read {source}: expected .txt, .jsonl or .parquet "
-            f"with a column {text_column!r} ({error})"
-        ) from error
-    except (OSError, HTTPError) as error:
-        raise FileNotFoundError(
-            f"the data set {str(source)!r} is neither a local file nor one the hub gave: check the "
-            f"name and the network, or give a local copy ({error})"
-        ) from error
+            f"{place} has no text under {text_column!r} and no {IDS!r}; "
+            f"its columns are {sorted(row)}"
+        )
+    text = row[text_column]
+    if text is None:
+        return ""
+    if not isinstance(text, str):
+        raise ValueError(
+            f"{place} holds {described(text)} under {text_column!r}: expected text, so convert the "
+            "column or choose another"
+        )
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"{place} holds half a surrogate pair at character {error.start}: expected Unicode "
+            "text, so mend or remove the row"
+        ) from None
+    return text if text.strip() else ""
+
+
+def to_token_ids(place: str, row: dict[str, Any]) -> TokenIds:
+    """Ids of a row without what its attention mask hides. Raises ValueError for other values."""
+    ids, mask = row[IDS], row.get(MASK)
+    for name, values in ((IDS, ids), (MASK, mask)):
+        if values is None:
+            continue
+        if not isinstance(values, list) or not all(type(value) is int for value in values):
+            raise ValueError(
+                f"{place} holds {described(values)} under {name!r}: expected one list of whole "
+                "numbers per row"
+            )
+    if ids is None or mask is None:
+        return TokenIds(ids or [], place)
+    if len(ids) != len(mask):
+        raise ValueError(
+            f"{place} holds {len(ids)} ids and an attention mask of {len(mask)}: expected as many"
+        )
+    return TokenIds(compress(ids, mask), place, padded=False)
+
+
+def described(value: Any) -> str:
+    """A value in words, for an error."""
+    words = {bool: "a truth value", int: "a number", float: "a number", list: "a list"}
+    words |= {dict: "an object", type(None): "null"}
+    return f"{words.get(type(value), f'a {type(value).__name__}')} ({str(value)[:40]})"
+
+
+# -- tokens --
 
 
 def token_rows(
-    documents: Iterable[str],
+    documents: Iterable[Document],
     lm: LanguageModel,
     context_size: int,
     max_tokens: float = math.inf,
     progress: bool = False,
+    partial: str | Path | None = None,
+    resume: bool = False,
 ) -> Tensor:
     """Token ids [R, L] int32: documents joined by the separator, cut to the context, BOS first.
 
-    Rows are built here because tokenizers differ in their padding and BOS rules. At most
-    `max_tokens` ids are kept, and an incomplete last row is dropped. Raises ValueError where the
-    documents do not fill one row.
+    Rows are built here because tokenizers differ in their padding and BOS rules. Special tokens
+    that a text writes out are ordinary text. Documents of ids lose their BOS and padding. At most
+    `max_tokens` ids are kept, and an incomplete last row is dropped.
+
+    Where reading breaks off, the file `partial` keeps what was read. With `resume` the ids in that
+    file are the corpus, and nothing more is read; without it, or without the file, reading begins
+    at the start. A whole reading deletes the file.
+
+    Raises ValueError where the documents do not fill one row and for ids that the model does not
+    have, ConnectionError where the documents break off.
     """
     if context_size < 2:
         raise ValueError(f"context_size = {context_size} must be at least 2: BOS and one token")
-    ids = tokenize(documents, lm, max_tokens, progress)
+    if resume and partial is None:
+        raise ValueError("resume=True needs the file of an earlier reading: give partial=...")
+    if resume and Path(partial).exists():
+        ids = load_partial(Path(partial), lm)
+        print(f"the corpus is the {len(ids):,} tokens in {partial}, kept when the text broke off")
+    else:
+        ids = read_ids(documents, lm, max_tokens, progress, partial and Path(partial))
     length = context_size - 1
-    n = int(min(len(ids), max_tokens)) // length
+    n_tokens = int(min(len(ids), max_tokens))
+    n = n_tokens // length
     if n == 0:
         raise ValueError(
-            f"the corpus is empty or too small: {len(ids)} tokens do not fill one row "
+            f"the corpus is empty or too small: {n_tokens} tokens do not fill one row "
             f"of {context_size}"
         )
     text = torch.frombuffer(ids, dtype=torch.int32)[: n * length].view(n, length)
@@ -131,21 +504,170 @@ def token_rows(
     return torch.cat([bos, text], dim=1)
 
 
-def tokenize(
-    documents: Iterable[str], lm: LanguageModel, max_tokens: float, progress: bool
+def read_ids(
+    documents: Iterable[Document],
+    lm: LanguageModel,
+    max_tokens: float,
+    progress: bool,
+    partial: Path | None,
 ) -> array:
-    """Ids of the documents, each followed by the separator, until there are `max_tokens`."""
-    ids, documents = array("i"), iter(documents)  # four bytes per token
+    """Ids of the documents; where these break off, `partial` keeps the ids and the error says so.
+
+    Raises ConnectionError for a broken connection, and any other error as it is.
+    """
+    ids = array("i")  # four bytes per token
+    try:
+        tokenize(documents, lm, max_tokens, progress, ids)
+    except BaseException as error:
+        if partial is None or not ids:
+            raise
+        save_partial(partial, ids, lm)
+        kept = (
+            f"the {len(ids):,} tokens that were read are kept in {partial}: resume=True takes them "
+            "as the whole corpus; without it, or without the file, the text is read again"
+        )
+        if is_broken_connection(error):
+            raise ConnectionError(f"the text broke off ({error}); {kept}") from error
+        error.add_note(kept)
+        raise
+    if partial is not None:
+        partial.unlink(missing_ok=True)
+    return ids
+
+
+def tokenize(
+    documents: Iterable[Document],
+    lm: LanguageModel,
+    max_tokens: float,
+    progress: bool,
+    ids: array,
+) -> None:
+    """Append the documents' ids, each followed by the separator, until there are `max_tokens`."""
     total = None if max_tokens == math.inf else int(max_tokens)
+    encode = PlainText(lm.tokenizer)
     with tqdm(
         total=total, desc="reading text", unit="tok", unit_scale=True, disable=not progress
     ) as bar:
-        while len(ids) < max_tokens and (batch := list(islice(documents, 512))):
-            encoded = lm.tokenizer(batch, add_special_tokens=False, verbose=False)
-            for document in encoded["input_ids"]:
-                ids.extend([*document, lm.separator_id])
+        for batch in batches(documents):
+            ids.extend(joined_ids(batch, encode, lm))
             bar.update(len(ids) - bar.n)
-    return ids
+            if len(ids) >= max_tokens:
+                break
+
+
+def batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
+    """Documents to tokenize together, those before an error included."""
+    batch, size = [], 0
+    try:
+        for document in documents:
+            batch.append(document)
+            size += len(document)
+            if len(batch) >= BATCH_DOCUMENTS or size >= BATCH_CHARACTERS:
+                yield batch
+                batch, size = [], 0
+    except (Exception, KeyboardInterrupt):
+        yield batch
+        raise
+    yield batch
+
+
+class PlainText:
+    """Tokenizes texts without BOS, EOS and other special tokens, also where a text names one."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        added = tokenizer.added_tokens_decoder.items()
+        self.special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
+        delimiters = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
+        if tokenizer.unk_token_id not in delimiters:
+            self.special.discard(tokenizer.unk_token_id)  # it comes from ordinary text
+        names = map(re.escape, tokenizer.convert_ids_to_tokens(sorted(self.special)))
+        self.name = re.compile(f"(?={'|'.join(names)})")
+        # Slow tokenizers would split their ordinary added tokens as well.
+        self.options = {"split_special_tokens": True} if tokenizer.is_fast else {}
+
+    def __call__(self, texts: list[str]) -> list[list[int]]:
+        documents = self.encode(texts)
+        for i, ids in enumerate(documents):
+            if not self.special.isdisjoint(ids):
+                documents[i] = list(chain.from_iterable(self.encode(self.pieces(texts[i]))))
+        return documents
+
+    def encode(self, texts: list[str]) -> list[list[int]]:
+        options = {"add_special_tokens": False, "verbose": False, **self.options}
+        return self.tokenizer(texts, **options)["input_ids"] if texts else []
+
+    def pieces(self, text: str) -> list[str]:
+        """The text cut after the first character of every special token's name."""
+        cuts = (match.start() + 1 for match in self.name.finditer(text))
+        return [text[a:b] for a, b in pairwise([0, *cuts, len(text)]) if a < b]
+
+
+def joined_ids(documents: list[Document], encode: PlainText, lm: LanguageModel) -> array:
+    """Ids of the documents, each followed by one separator."""
+    texts = iter(encode([document for document in documents if isinstance(document, str)]))
+    joined = array("i")
+    for document in documents:
+        if isinstance(document, str):
+            joined.extend([*next(texts), lm.separator_id])
+        elif ids := bare_ids(document, lm):
+            joined.extend(ids if ids[-1] == lm.separator_id else [*ids, lm.separator_id])
+    return joined
+
+
+def bare_ids(document: Sequence[int], lm: LanguageModel) -> list[int]:
+    """A document's ids without padding and BOS. Raises ValueError for ids that are not the model's.
+
+    Token 0, which stands in where a tokenizer has neither BOS nor EOS, is text and stays.
+    """
+    ids = torch.tensor(document, dtype=torch.long)
+    if ids.numel() and getattr(document, "padded", True):
+        ids = ids[real_tokens(ids[None], lm.pad_id, lm.bos_id, lm.separator_id)[0]]
+    limit = min(len(lm.tokenizer), lm.n_vocab)
+    if wrong := ids[(ids < 0) | (ids >= limit)].tolist():
+        raise ValueError(
+            f"{getattr(document, 'place', 'a document')} holds the token id {wrong[0]}; those of "
+            f"{lm.name} are 0 to {limit - 1}: was it tokenized for another model?"
+        )
+    has_bos = lm.bos_id in (lm.tokenizer.bos_token_id, lm.tokenizer.eos_token_id)
+    start = int(has_bos and ids[:1].tolist() == [lm.bos_id])
+    return ids[start:].tolist()
+
+
+# -- what was read before a text broke off --
+
+
+def vocabulary_hash(lm: LanguageModel) -> str:
+    """SHA-256 of the tokenizer's vocabulary."""
+    vocabulary = json.dumps(sorted(lm.tokenizer.get_vocab().items()))
+    return hashlib.sha256(vocabulary.encode()).hexdigest()
+
+
+def save_partial(path: Path, ids: array, lm: LanguageModel) -> None:
+    """Write ids [n] int32 and the hash of their vocabulary, whole or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    tensors = {"ids": torch.frombuffer(ids, dtype=torch.int32)}
+    save_file(tensors, temporary, {"vocabulary": vocabulary_hash(lm)})
+    temporary.replace(path)
+
+
+def load_partial(path: Path, lm: LanguageModel) -> array:
+    """Ids that `save_partial` wrote. Raises ValueError for another vocabulary or another file."""
+    try:
+        with safe_open(path, "pt") as file:
+            vocabulary = (file.metadata() or {}).get("vocabulary")
+            ids = file.get_tensor("ids")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{path} holds no kept tokens ({error}): delete it to read the text from the start"
+        ) from error
+    if vocabulary != vocabulary_hash(lm):
+        raise ValueError(
+            f"the tokens in {path} are of another tokenizer than {lm.name}'s: delete the file to "
+            "read the text from the start"
+        )
+    return array("i", ids.numpy().tobytes())
 
 
 def keep_mask(rows_RL: Tensor, lm: LanguageModel, include_bos: bool = False) -> Tensor:

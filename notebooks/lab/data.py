@@ -15,9 +15,12 @@ from safetensors.torch import load_file, save_file
 
 import tsae_utils as tu
 from testbed import corpus as testbed_corpus
+from tsae.text import Document, local_files, vocabulary_hash
 
 from .context import Context
 from .profiles import ROOT
+
+TEXT_VERSION = 2  # part of the cache's key: raise it when the same text gives other rows
 
 
 def save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
@@ -53,11 +56,11 @@ def weights_sha256(lm: tu.LanguageModel) -> str:
 def corpus_key(corpus: str) -> str:
     """Tells one state of a corpus from another.
 
-    Hashes names, sizes and times of local files, or the pinned name of a hub data set.
+    Hashes names, sizes and times of the local files that are read, or the pinned name of a hub data
+    set.
     """
-    path = Path(corpus).expanduser()
-    files = sorted(path.iterdir()) if path.is_dir() else [path] if path.exists() else []
-    seen = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    states = [(file.name, file.stat()) for file in local_files(corpus)]
+    seen = [(name, state.st_size, state.st_mtime_ns) for name, state in states]
     return hashlib.sha256(json.dumps([corpus, seen]).encode()).hexdigest()[:16]
 
 
@@ -84,14 +87,14 @@ def split_of(position: int) -> str:
     return "sae" if u < 0.8 else "tune" if u < 0.85 else "heldout"
 
 
-def documents(corpus: str, split: str) -> Iterator[str]:
-    """Texts of one split: lm (testbed only), sae, tune or heldout."""
+def documents(corpus: str, split: str) -> Iterator[Document]:
+    """Texts, or ids of tokenized text, of one split: lm (testbed only), sae, tune or heldout."""
     if corpus == "testbed":
         yield from (d.text for d in testbed_corpus.documents(split))
         return
-    for position, text in enumerate(tu.read_documents(corpus)):
+    for position, document in enumerate(tu.read_documents(corpus)):
         if split_of(position) == split:
-            yield text
+            yield document
 
 
 def rows(lab: Context, split: str, tokens: float, corpus: str) -> torch.Tensor:
@@ -99,24 +102,38 @@ def rows(lab: Context, split: str, tokens: float, corpus: str) -> torch.Tensor:
 
     Documents may come in the order of their packages, so the beginning is not a fair sample. Up
     to eight times as much is read from a local corpus; from the hub only what is wanted is read.
-    Rows of another corpus than the testbed's are cached.
+    Rows of another corpus than the testbed's are cached. Where the hub breaks off, what was read is
+    kept, and TSAE_RESUME_TEXT=1 takes it for the split.
     """
     if corpus == "testbed":
         return read_rows(lab, split, tokens, corpus, np.inf)
-    vocabulary = json.dumps(sorted(lab.lm.tokenizer.get_vocab().items()))
-    vocabulary = hashlib.sha256(vocabulary.encode()).hexdigest()
-    key = [corpus_key(corpus), split, int(tokens), lab.context_size, vocabulary]
-    key += [lab.lm.bos_id, lab.lm.separator_id]
+    key = [corpus_key(corpus), split, int(tokens), lab.context_size, vocabulary_hash(lab.lm)]
+    key += [lab.lm.bos_id, lab.lm.separator_id, TEXT_VERSION]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:20]
     path = lab.cache / f"rows-{name}.safetensors"
-    if not path.exists():
-        limit = tokens * (8 if Path(corpus).expanduser().exists() else 1)
-        save_atomically({"rows": read_rows(lab, split, tokens, corpus, limit)}, path)
-    return load_file(path)["rows"]
+    if path.exists():
+        return load_file(path)["rows"]
+    if Path(corpus).expanduser().exists():
+        read = read_rows(lab, split, tokens, corpus, 8 * tokens)
+    else:
+        partial = lab.cache / f"text-{name}.safetensors"
+        read = read_rows(lab, split, tokens, corpus, tokens, partial)
+        if partial.exists():  # the rows of a text that broke off are not those of the corpus
+            return read
+    save_atomically({"rows": read}, path)
+    return read
 
 
-def read_rows(lab: Context, split: str, tokens: float, corpus: str, limit: float) -> torch.Tensor:
+def read_rows(
+    lab: Context,
+    split: str,
+    tokens: float,
+    corpus: str,
+    limit: float,
+    partial: Path | None = None,
+) -> torch.Tensor:
     """Token rows of at most `limit` tokens, thinned evenly to about `tokens`."""
+    resume = partial is not None and os.environ.get("TSAE_RESUME_TEXT") == "1"
     try:
         every = tu.token_rows(
             lab.documents(split, corpus),
@@ -124,9 +141,14 @@ def read_rows(lab: Context, split: str, tokens: float, corpus: str, limit: float
             lab.context_size,
             max(limit, 2 * lab.context_size),
             progress=corpus != "testbed" and tokens > 10**6,
+            partial=partial,
+            resume=resume,
         )
     except ValueError as error:
         raise ValueError(f"split {split!r} of {corpus}: {error}") from error
+    except ConnectionError as error:
+        hint = "in notebooks TSAE_RESUME_TEXT=1 stands for resume=True"
+        raise ConnectionError(f"split {split!r} of {corpus}: {error} ({hint})") from error
     wanted = max(2, int(tokens) // (lab.context_size - 1))
     if wanted >= len(every):
         return every
