@@ -1,11 +1,12 @@
-"""Run a TransformerLens model on the reconstruction of its residual stream.
+"""Run a TransformerLens model on the reconstruction of its activations.
 
     with attach(model, tsae) as seen:  # any call of the model now uses the reconstruction
         logits = model("The cat sat on the mat")
     with attach(model, tsae, edit=steer(123, 8.0), error_term=True):
-        text = model.generate("I think that", max_new_tokens=20, use_past_kv_cache=False)
+        text = model.generate("I think that", max_new_tokens=20)
 
 Anything that encodes and decodes as a TSAE does can be attached (`Coder`).
+Axes: R rows, L sequence, D d_in, B tokens that are patched, N n-gram order, F d_sae.
 """
 
 from __future__ import annotations
@@ -13,16 +14,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import wraps
 from typing import Any, Protocol
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tsae.blocks import removed_afterwards
+from tsae.language_model import PLACES, real_tokens
 
 Edit = Callable[[Tensor], Tensor]  # feature activations [B, F] to feature activations
+Hooks = list[tuple[str, Callable]]  # TransformerLens's: names, functions of (tensor, hook)
 
 
 class Coder(Protocol):
-    """What an attached SAE needs; `cfg` has d_in, d_sae and hook_name."""
+    """What an attached SAE needs; `cfg` has d_in and hook_name."""
 
     cfg: Any
     lookup: Any  # None, or a table with check_vocabulary(n)
@@ -37,7 +45,10 @@ class Seen:
     """What an attached SAE saw in the model's last pass."""
 
     tokens: Tensor | None = None  # [R, L]
-    acts: Tensor | None = None  # [R, L, F], after the edit; zero where the stream was left alone
+    acts: Tensor | None = None  # [R, L, F], after the edit; zero where the model was left alone
+
+
+# -- edits --
 
 
 def require_features(acts_BF: Tensor, *features: int) -> None:
@@ -73,6 +84,229 @@ def steer(feature: int, by: float) -> Edit:
     return edit
 
 
+# -- the pass: what the model was given --
+
+
+@dataclass
+class Pass:
+    """What the model reads in its present pass. Between passes there are no tokens."""
+
+    tokens: Tensor | None = None  # [R, L]
+    mask: Tensor | None = None  # [R, cached + L], 0 at padding; None where the model has none
+    has_begun: bool = False  # whether the cache holds text
+
+
+def holds_text(cache: Any) -> bool:
+    """Whether a cache of transformers holds earlier tokens."""
+    if cache is None:
+        return False
+    try:
+        return int(cache.get_seq_length()) > 0
+    except ValueError:  # a state-space model does not count them
+        return cache.has_previous_state()
+
+
+@contextmanager
+def read_bridge(model: Any) -> Iterator[Pass]:
+    """The passes of a TransformerBridge: its inner model is called with ids, mask and cache."""
+    now = Pass()
+
+    def begin(module: nn.Module, args: tuple, kwargs: dict) -> None:
+        mask = kwargs.get("attention_mask")
+        now.tokens = args[0] if args else kwargs.get("input_ids")
+        now.mask = mask if isinstance(mask, Tensor) and mask.ndim == 2 else None
+        now.has_begun = holds_text(kwargs.get("past_key_values") or kwargs.get("cache_params"))
+
+    def end(*_: Any) -> None:
+        now.tokens = None
+
+    inner = model.original_model
+    before = inner.register_forward_pre_hook(begin, with_kwargs=True)
+    after = inner.register_forward_hook(end, always_call=True)
+    with removed_afterwards([before, after]):
+        yield now
+
+
+@contextmanager
+def read_hooked_transformer(model: Any) -> Iterator[Pass]:
+    """The passes of a HookedTransformer: its embedding sees the ids, its blocks mask and cache.
+
+    `generate` embeds outside of passes: the prompt first, then token by token what it sampled.
+    """
+    now, text, is_read = Pass(), None, True
+    forward, hidden = model.forward, vars(model).get("forward")
+
+    def embed(module: nn.Module, args: tuple) -> None:
+        nonlocal text, is_read
+        is_continued = text is not None and args[0].shape == (len(text), 1)
+        text = torch.cat([text, args[0]], 1) if is_continued else args[0]
+        is_read = False
+
+    def begin(block: nn.Module, args: tuple, kwargs: dict) -> None:
+        nonlocal is_read
+        now.tokens = None if is_read else text[:, -args[0].shape[1] :]
+        now.mask, cache = kwargs["attention_mask"], kwargs["past_kv_cache_entry"]
+        now.has_begun = cache is not None and cache.past_keys.shape[1] > 0
+        is_read = True
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        nonlocal is_read
+        try:
+            return forward(*args, **kwargs)
+        finally:
+            now.tokens, is_read = None, True
+
+    model.forward = run  # an attribute hides the method; hooks miss the calls of model.forward
+    handles = [
+        model.embed.register_forward_pre_hook(embed),
+        model.blocks[0].register_forward_pre_hook(begin, with_kwargs=True),
+    ]
+    try:
+        with removed_afterwards(handles):
+            yield now
+    finally:
+        del model.forward
+        if hidden is not None:
+            model.forward = hidden
+
+
+def passes(model: Any) -> Any:
+    """A context that keeps a `Pass` up to date, for either class of model."""
+    return (
+        read_bridge(model) if hasattr(model, "original_model") else read_hooked_transformer(model)
+    )
+
+
+def token_id(tokenizer: Any, name: str) -> int | None:
+    """Id of BOS, EOS or padding (bos, eos, pad); None where there is none.
+
+    Where there is no EOS, TransformerLens names one that may only be known as an unknown word.
+    """
+    found = getattr(tokenizer, f"{name}_token_id", None)
+    if found is None:
+        return None
+    token = getattr(tokenizer, f"{name}_token")
+    return found if tokenizer.convert_ids_to_tokens(found) == token else None
+
+
+def patched_positions(now: Pass, tokenizer: Any) -> Tensor:
+    """Where an SAE belongs [R, L]: as in training, not at padding, first and special tokens.
+
+    Padding is where the model's mask says so, else leading and trailing runs (`real_tokens`).
+    """
+    ids, begins = now.tokens, not now.has_begun
+    bos, eos, pad = (token_id(tokenizer, name) for name in ("bos", "eos", "pad"))
+    special = [i for i in (bos, eos) if i is not None] or [0]
+    if now.mask is not None:
+        mask = now.mask != 0
+        is_real, earlier = mask[:, -ids.shape[1] :], mask[:, : -ids.shape[1]]
+        begins = ~earlier.any(-1, keepdim=True) if earlier.numel() else begins
+    else:  # a column of text stands for the cache
+        row = F.pad(ids, (1, 0), value=-1) if now.has_begun else ids
+        is_real = real_tokens(row, pad, special[0], special[-1])[:, -ids.shape[1] :]
+    is_first = is_real & (is_real.cumsum(-1) == 1) & begins
+    return is_real & ~is_first & ~torch.isin(ids, torch.tensor(special).to(ids))
+
+
+# -- the hook point: what the model shows there --
+
+PROBE_ROWS = 2
+FITS: WeakKeyDictionary[Any, set] = WeakKeyDictionary()  # (hook point, d_in) of each model
+CENTRED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+
+
+def probe_ids(model: Any) -> Tensor:
+    """A few rows of ordinary tokens, of a length that is not the number of heads."""
+    length = 8 if getattr(model.cfg, "n_heads", None) == 7 else 7
+    special = set(getattr(model.tokenizer, "all_special_ids", ()))
+    ordinary = [i for i in range(min(model.cfg.d_vocab, 1000)) if i not in special] or [0]
+    generator = torch.Generator().manual_seed(0)
+    chosen = torch.randint(len(ordinary), (PROBE_ROWS, length), generator=generator)
+    return torch.tensor(ordinary)[chosen].to(next(model.parameters()).device)
+
+
+def probe(model: Any, hooks: Hooks) -> Tensor:
+    """Logits of a tiny pass in evaluation mode, which other hooks do not see."""
+    ids = probe_ids(model)
+    tables = [point._forward_hooks for point in set(model.hook_dict.values())]
+    others = [dict(table) for table in tables]
+    training = [module for module in model.modules() if module.training]
+    try:
+        for table in tables:
+            table.clear()
+        for module in training:
+            module.training = False
+        autocast = torch.autocast(ids.device.type, enabled=False)
+        with torch.no_grad(), autocast, model.hooks(fwd_hooks=hooks):
+            return model(ids, return_type="logits")
+    finally:
+        for table, hidden in zip(tables, others, strict=True):
+            table.update(hidden)
+        for module in training:
+            module.training = True
+
+
+def ignores_the_mean(model: Any) -> bool:
+    """Whether nothing in the model sees the stream's mean over its width, as with LayerNorm.
+
+    As in `LanguageModel`: a constant that is added before the first block must arrive behind the
+    last one and leave the logits as they are.
+    """
+    if model not in CENTRED:
+        first, last = "blocks.0.hook_resid_pre", f"blocks.{len(model.blocks) - 1}.hook_resid_post"
+        streams: list[Tensor] = []
+
+        def read(raw: Tensor, hook: Any) -> None:
+            streams.append(raw)
+
+        def add(raw: Tensor, hook: Any) -> Tensor:
+            added = torch.rand(raw.shape[:2], generator=torch.Generator().manual_seed(1))
+            return raw + raw.std(-1, keepdim=True) * (1 + added[..., None].to(raw))
+
+        clean = probe(model, [(first, read), (last, read)])
+        moved = probe(model, [(first, add), (first, read), (last, read)])
+        start, end, moved_start, moved_end = (stream.float() for stream in streams)
+        tolerance = torch.finfo(streams[0].dtype).eps ** 0.5  # rounding stays below
+
+        def differ(a: Tensor, b: Tensor) -> bool:
+            return bool((a - b).abs().max() > tolerance * b.abs().max())
+
+        CENTRED[model] = not (
+            differ(moved.float(), clean.float()) or differ(moved_end - end, moved_start - start)
+        )
+    return CENTRED[model]
+
+
+def is_centred(model: Any, hook_name: str) -> bool:
+    """Whether activations lose their mean there, as in `LanguageModel`.
+
+    The hook point shows the stream or what is added to it, and the model ignores their mean.
+    """
+    points = model.hook_dict
+    of_stream = [
+        points.get(f"blocks.{layer}.hook_{place}")
+        for layer in range(len(model.blocks))
+        for place in (*PLACES, "resid_post")
+    ]
+    return any(point is points[hook_name] for point in of_stream) and ignores_the_mean(model)
+
+
+def require_shape(shape: torch.Size, rows: torch.Size, d_in: int, hook_name: str) -> None:
+    """Raise ValueError where a hook point does not show a vector of d_in for each token [R, L]."""
+    if len(shape) < 3 or shape[:2] != rows:
+        raise ValueError(
+            f"{hook_name} shows a tensor of shape {list(shape)} for {rows[0]} rows of {rows[1]} "
+            "tokens, not [rows, tokens, width]: choose a hook point with a vector for each token"
+        )
+    width = shape[2:].numel()
+    if width != d_in:
+        raise ValueError(
+            f"the width at {hook_name} is {width}, the SAE has d_in {d_in}: "
+            "it belongs to another hook point or model"
+        )
+
+
 def require_fit(model: Any, sae: Coder, hook_name: str) -> None:
     """Raise ValueError where hook point, width or vocabulary do not belong to the model."""
     if hook_name not in model.hook_dict:
@@ -80,19 +314,37 @@ def require_fit(model: Any, sae: Coder, hook_name: str) -> None:
             f"the model has no hook point {hook_name!r}: "
             "give hook_name, such as blocks.4.hook_resid_pre"
         )
-    if model.cfg.d_model != sae.cfg.d_in:
-        raise ValueError(
-            f"the model's d_model is {model.cfg.d_model}, the SAE's d_in {sae.cfg.d_in}: "
-            "it belongs to another model"
-        )
     if sae.lookup is not None:
         sae.lookup.check_vocabulary(model.cfg.d_vocab)
+    fits = FITS.setdefault(model, set())
+    if (hook_name, sae.cfg.d_in) not in fits:
+        shapes: list[torch.Size] = []
+        probe(model, [(hook_name, lambda raw, hook: shapes.append(raw.shape))])
+        if not shapes:
+            raise ValueError(
+                f"the model does not come by {hook_name} when it reads tokens: "
+                "choose another hook point"
+            )
+        require_shape(shapes[0], probe_ids(model).shape, sae.cfg.d_in, hook_name)
+        fits.add((hook_name, sae.cfg.d_in))
 
 
-def special_ids(tokenizer: Any) -> list[int]:
-    """BOS and EOS of a tokenizer; token 0 where it has neither."""
-    ids = [getattr(tokenizer, f"{name}_token_id", None) for name in ("bos", "eos")]
-    return [i for i in ids if i is not None] or [0]
+# -- attaching --
+
+
+def reconstruct(
+    sae: Coder, x_BD: Tensor, tokens_BN: Tensor, edit: Edit | None, error_term: bool
+) -> tuple[Tensor, Tensor]:
+    """(Reconstruction [B, D], features after the edit [B, F]), computed where the SAE is."""
+    weight = next(sae.parameters(), x_BD) if isinstance(sae, nn.Module) else x_BD
+    x, tokens = x_BD.to(weight), tokens_BN.to(weight.device)
+    with torch.autocast(weight.device.type, enabled=False):
+        before = sae.encode(x)
+        acts = before if edit is None else edit(before)
+        x_hat = sae.decode(acts, tokens)
+        if error_term:
+            x_hat = x_hat + (x - sae.decode(before, tokens))
+    return x_hat.to(x_BD.device), acts.to(x_BD.device)
 
 
 @contextmanager
@@ -105,49 +357,37 @@ def attach(
 ) -> Iterator[Seen]:
     """Let a model (TransformerBridge or HookedTransformer) run on the SAE's reconstruction.
 
-    The table takes its tokens from the model's own embedding, so strings, ids and generation all
-    work. `edit` changes features before they are decoded. With `error_term` the SAE's error is
-    added back, so that the edit is all that changes. Gradients flow through.
+    The table takes its tokens from the model's own call, so strings, ids, padding, caches and
+    generation all work. `edit` changes features before they are decoded. With `error_term` the
+    SAE's error is added back, so that the edit is all that changes. Gradients flow through.
 
-    As in training, the first position of a text and special tokens are left alone. For models with
-    LayerNorm the stream is centred over d_model, and its mean is put back.
+    As in training, padding, the first token of a text and special tokens are left alone. Where
+    nothing in the model sees the residual stream's mean over its width, as with LayerNorm, the
+    stream and what is added to it are centred. The mean is put back.
 
     Raises ValueError where the model has no such hook point, or another width or vocabulary, and
-    where a pass does not embed tokens (inputs_embeds), as the table needs them.
+    for a pass that does not start from token ids (inputs_embeds), as the table needs them.
     """
     hook_name = hook_name or sae.cfg.hook_name
     require_fit(model, sae, hook_name)
-    is_centred = str(model.cfg.normalization_type).startswith("LN")
-    special = special_ids(model.tokenizer)
-    seen, embedded = Seen(), []
+    centred, seen = is_centred(model, hook_name), Seen()
 
-    def read_tokens(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        embedded.append(args[0] if args else next(iter(kwargs.values())))
-
-    def replace(raw_RLD: Tensor, hook: Any) -> Tensor:
-        if not embedded:
+    def replace(raw: Tensor, hook: Any) -> Tensor:
+        if now.tokens is None:
             raise ValueError(
-                "the model was run without embedding tokens: an attached SAE needs their ids"
+                f"the model came to {hook_name} without embedding tokens: an attached SAE needs "
+                "their ids, so call the model with text or ids and attach inside its blocks"
             )
-        x = raw_RLD.float()
-        seen.tokens = embedded.pop().expand(x.shape[:2])
-        mean = x.mean(-1, keepdim=True) if is_centred else torch.zeros_like(x[..., :1])
-        keep = ~torch.isin(seen.tokens, torch.tensor(special).to(seen.tokens))
-        if x.shape[1] > 1:  # a single position is a later one of a text being generated
-            keep[:, 0] = False
-        x_BD, tokens_BN = (x - mean)[keep], seen.tokens[keep].unsqueeze(-1)
-        before = sae.encode(x_BD)
-        acts = before if edit is None else edit(before)
-        x_hat = sae.decode(acts, tokens_BN)
-        if error_term:
-            x_hat = x_hat + (x_BD - sae.decode(before, tokens_BN))
-        blank = torch.zeros(*x.shape[:2], sae.cfg.d_sae, device=x.device)
-        seen.acts = blank.index_put((keep,), acts)
-        return raw_RLD.index_put((keep,), (x_hat + mean[keep]).to(raw_RLD.dtype))
+        require_shape(raw.shape, now.tokens.shape, sae.cfg.d_in, hook_name)
+        keep = patched_positions(now, model.tokenizer).to(raw.device)
+        seen.tokens = now.tokens.to(raw.device)
+        flat = raw.flatten(2)
+        x_BD = flat[keep].float()
+        mean = x_BD.mean(-1, keepdim=True) if centred else 0.0
+        tokens_BN = seen.tokens[keep].unsqueeze(-1)
+        x_hat, acts = reconstruct(sae, x_BD - mean, tokens_BN, edit, error_term)
+        seen.acts = acts.new_zeros(*keep.shape, acts.shape[-1]).index_put((keep,), acts)
+        return flat.index_put((keep,), (x_hat + mean).to(raw.dtype)).view(raw.shape)
 
-    handle = model.embed.register_forward_pre_hook(read_tokens, with_kwargs=True)
-    try:
-        with model.hooks(fwd_hooks=[(hook_name, replace)]):
-            yield seen
-    finally:
-        handle.remove()
+    with passes(model) as now, model.hooks(fwd_hooks=[(hook_name, replace)]):
+        yield seen
