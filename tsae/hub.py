@@ -78,7 +78,7 @@ def model_card(sae: Any, folder: str | Path = "", license: str = "") -> str:
         title="Tokenized sparse autoencoder" if has_table else "Sparse autoencoder",
         with_or_without="with" if has_table else "without",
         facts="\n".join(f"| {name} | {value} |" for name, value in facts.items() if value != ""),
-        reservation=", without the table in `token_lookup.safetensors`" if has_table else "",
+        reservation=" after `import tsae.saelens_classes`" if has_table else "",
     )
 
 

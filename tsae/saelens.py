@@ -1,5 +1,8 @@
 """SAELens's layout of saved SAEs, read and written; the table has a file of its own.
 
+An SAE without a table has SAELens's own architecture. With a table it has a name of its own, so
+that SAELens cannot leave the table out unnoticed; `tsae.saelens_classes` makes SAELens know it.
+
 Files may come from SAELens before version 6, as those of RES-JB do. Variants are folded into one
 form: b_dec is subtracted from the input, and activations are not scaled by decoder norms.
 """
@@ -10,6 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +22,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from tsae.inputs import plain_sae
 
 CONFIG, WEIGHTS, LOOKUP = FILES = (
     "cfg.json",
@@ -31,28 +37,46 @@ ARCHITECTURES = {  # our activation: SAELens's architecture
     "batchtopk": "jumprelu",
     "jumprelu": "jumprelu",
 }
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+PARTIAL = ".partial-"  # begins the name of a folder of unfinished files, inside the SAE's own
+TOKENIZED = "tokenized_"  # before the architecture of an SAE with a table
 ACTIVATIONS = {theirs: ours for ours, theirs in ARCHITECTURES.items()}
 LAYOUT_VERSION = "6.54.12"  # files without a version are read as older than 6
 EXPECTED = "expected a folder written by tsae_utils.save or in SAELens layout"
 
 
 def weight_names(architecture: str) -> tuple[str, ...]:
-    """Tensors in the weight file of a SAELens architecture."""
+    """Tensors in the weight file of an architecture, with or without a table."""
     extra = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
-    return "W_enc", "W_dec", "b_dec", *extra.get(architecture, ("b_enc",))
+    plain = architecture.removeprefix(TOKENIZED)
+    return "W_enc", "W_dec", "b_dec", *extra.get(plain, ("b_enc",))
+
+
+def has_table(layout: Mapping, default: bool) -> bool:
+    """Whether a cfg.json tells of a table; `default` where it says nothing.
+
+    Folders with a plain architecture may tell of one in their metadata.
+    """
+    if str(layout.get("architecture")).startswith(TOKENIZED):
+        return True
+    metadata = layout.get("metadata")
+    tokenized = metadata.get("tokenized") if isinstance(metadata, dict) else None
+    return bool(tokenized.get("lookup", default)) if isinstance(tokenized, dict) else default
 
 
 # -- writing --
 
 
 def refuse_other_files(folder: str | Path) -> Path:
-    """The folder itself. Raises FileExistsError where it holds anything but a saved SAE."""
-    folder = Path(folder)
+    """The folder itself, links followed. Raises FileExistsError where it holds other files."""
+    given, folder = folder, Path(folder).expanduser().resolve()
     if not folder.exists():
         return folder
-    if not folder.is_dir() or {f.name for f in folder.iterdir()} - set(FILES):
+    if not folder.is_dir() or any(
+        f.name not in FILES and not f.name.startswith(PARTIAL) for f in folder.iterdir()
+    ):
         raise FileExistsError(
-            f"{folder} exists and holds other files: choose a folder of its own for the SAE"
+            f"{given} exists and holds other files: choose a folder of its own for the SAE"
         )
     return folder
 
@@ -60,7 +84,7 @@ def refuse_other_files(folder: str | Path) -> Path:
 def config_to_write(config: Mapping, has_lookup: bool, metadata: Mapping, dtype: str) -> dict:
     """cfg.json of an SAE whose TSAEConfig has these fields."""
     layout = {
-        "architecture": ARCHITECTURES[config["activation"]],
+        "architecture": TOKENIZED * has_lookup + ARCHITECTURES[config["activation"]],
         "d_in": config["d_in"],
         "d_sae": config["d_sae"],
         "dtype": dtype,
@@ -77,9 +101,43 @@ def config_to_write(config: Mapping, has_lookup: bool, metadata: Mapping, dtype:
         "context_size": config["context_size"],
         "prepend_bos": True,
         "sae_lens_version": LAYOUT_VERSION,
-        "tokenized": {"lookup": has_lookup, "config": dict(config), **metadata},
+        "tokenized": {**metadata, "lookup": has_lookup, "config": dict(config)},
     }
     return layout
+
+
+def layout_text(sae: Any, metadata: Mapping, dtype: torch.dtype) -> str:
+    """cfg.json. Raises ValueError for another type of number and for metadata that is no JSON."""
+    if dtype not in DTYPES:
+        names = ", ".join(str(d) for d in DTYPES)
+        raise ValueError(f"an SAE is saved as one of {names}, not as {dtype}")
+    if taken := {"lookup", "config"} & set(metadata):
+        raise ValueError(f"metadata may not be called {taken.pop()!r}: choose another name")
+    type_name = str(dtype).removeprefix("torch.")
+    layout = config_to_write(asdict(sae.cfg), sae.lookup is not None, metadata, type_name)
+    try:
+        return json.dumps(layout, indent=1, allow_nan=False)
+    except (TypeError, ValueError, RecursionError) as error:
+        raise ValueError(
+            f"the metadata is no JSON ({error}): expected texts, finite numbers, lists and dicts"
+        ) from error
+
+
+def tensors_to_write(sae: Any, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+    """Tensors by file and name. Raises ValueError for values that the type cannot hold."""
+    names = weight_names(ARCHITECTURES[sae.cfg.activation])
+    files = {WEIGHTS: {name: getattr(sae, name) for name in names}}
+    if sae.lookup is not None:
+        files[LOOKUP] = {"W_lookup": sae.lookup.W}
+    for tensors in files.values():
+        for name, tensor in tensors.items():
+            tensors[name] = stored = tensor.detach().to("cpu", dtype).contiguous()
+            if not torch.isfinite(stored.float()).all():  # `load` reads fp32
+                raise ValueError(
+                    f"{name} holds values that are not finite in {dtype}: nothing was saved; "
+                    "choose float32, or train with a lower learning rate"
+                )
+    return files
 
 
 def save(
@@ -90,30 +148,34 @@ def save(
 ) -> Path:
     """Write a TSAE into `folder` in SAELens's layout, the table in a file of its own.
 
-    The folder appears whole; a saved SAE of the same name is replaced. `metadata` must be JSON.
-    Raises FileExistsError where the folder holds anything else.
+    A saved SAE in the folder is replaced when the new one is whole; cfg.json comes last. `metadata`
+    must be JSON. Raises FileExistsError where the folder holds anything else, ValueError for what
+    could not be loaded again; the folder is then as it was.
     """
-    folder = refuse_other_files(folder)
-    partial = folder.with_name(f".{folder.name}.{os.getpid()}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    has_lookup, type_name = sae.lookup is not None, str(dtype).removeprefix("torch.")
-    layout = config_to_write(asdict(sae.cfg), has_lookup, metadata or {}, type_name)
-    (partial / CONFIG).write_text(json.dumps(layout, indent=1))
-
-    def stored(tensor: Tensor) -> Tensor:
-        return tensor.detach().to("cpu", dtype).contiguous()
-
-    names = weight_names(layout["architecture"])
-    save_file({name: stored(getattr(sae, name)) for name in names}, partial / WEIGHTS)
-    if has_lookup:
-        save_file({"W_lookup": stored(sae.lookup.W)}, partial / LOOKUP)
-    replaced = partial.with_suffix(".old")
-    if folder.exists():
-        folder.rename(replaced)
-    partial.replace(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
-    return folder
+    target, sae = refuse_other_files(folder), plain_sae(sae)
+    text, files = layout_text(sae, metadata or {}, dtype), tensors_to_write(sae, dtype)
+    new_folders = [p for p in (target, *target.parents) if not p.exists()]
+    partial = target / f"{PARTIAL}{os.getpid()}"
+    try:
+        partial.mkdir(parents=True, exist_ok=True)
+        for file, tensors in files.items():
+            save_file(tensors, partial / file)
+        (partial / CONFIG).write_text(text)
+        (target / CONFIG).unlink(missing_ok=True)  # a folder without it is not loaded
+        (target / LOOKUP).unlink(missing_ok=True)
+        for file in (*files, CONFIG):
+            (partial / file).replace(target / file)
+    except (OSError, SafetensorError) as error:
+        raise OSError(
+            f"could not write {folder} ({error}): free some space or choose another"
+        ) from error
+    finally:
+        for left in target.glob(f"{PARTIAL}*"):
+            shutil.rmtree(left, ignore_errors=True)
+        for empty in new_folders:  # where nothing was written
+            with suppress(OSError):
+                empty.rmdir()
+    return Path(folder)
 
 
 # -- reading --
@@ -121,7 +183,7 @@ def save(
 
 def read_cfg(folder: str | Path) -> dict:
     """cfg.json in SAELens 6's keys. Raises FileNotFoundError or ValueError with what is wrong."""
-    path = Path(folder) / CONFIG
+    path = Path(folder).expanduser() / CONFIG
     if not path.is_file():
         raise FileNotFoundError(f"{path} is missing: {EXPECTED}")
     try:
@@ -132,7 +194,7 @@ def read_cfg(folder: str | Path) -> dict:
         raise ValueError(f"{path} is not the cfg.json of an SAE: expected the SAELens layout")
     layout = modern_keys(layout)
     required = ["architecture", "d_in", "d_sae"]
-    if layout.get("architecture") == "topk":
+    if layout.get("architecture") in ("topk", f"{TOKENIZED}topk"):
         required.append("k")
     if missing := [key for key in required if key not in layout]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: expected the SAELens layout")
@@ -244,7 +306,7 @@ def our_config(path: Path, layout: Mapping) -> dict:
         for key, value in {**metadata, **saved}.items()
         if type(value) in types.get(key, ())
     }
-    activation, k = ACTIVATIONS[layout["architecture"]], layout.get("k", 0)
+    activation, k = ACTIVATIONS[layout["architecture"].removeprefix(TOKENIZED)], layout.get("k", 0)
     if activation == "jumprelu" and saved.get("activation") == "batchtopk":
         activation, k = "batchtopk", saved.get("k")
         if type(k) is not int:
@@ -258,11 +320,11 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tensor | N
 
     Raises FileNotFoundError or ValueError with what is wrong.
     """
-    folder, layout = Path(folder), read_cfg(folder)
-    if layout["architecture"] not in list(ACTIVATIONS):  # a list: it may be unhashable
+    folder, layout = Path(folder).expanduser(), read_cfg(folder)
+    if str(layout["architecture"]).removeprefix(TOKENIZED) not in ACTIVATIONS:
         raise ValueError(
             f"{folder}/{CONFIG}: architecture {layout['architecture']!r} is not one of "
-            f"{', '.join(ACTIVATIONS)}"
+            f"{', '.join(ACTIVATIONS)}, with or without {TOKENIZED!r} before it"
         )
     config = our_config(folder / CONFIG, layout)
     d_in, d_sae = config["d_in"], config["d_sae"]
@@ -271,9 +333,7 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tensor | N
     shapes = {name: sizes.get(name, (d_sae,)) for name in names}
     weights = read_tensors(folder / WEIGHTS, shapes)
     fold_(layout, weights)
-    tokenized = layout.get("metadata", {}).get("tokenized")
-    tokenized = tokenized if isinstance(tokenized, dict) else {}
     lookup = None
-    if tokenized.get("lookup", (folder / LOOKUP).exists()):
+    if has_table(layout, (folder / LOOKUP).exists()):
         lookup = read_tensors(folder / LOOKUP, {"W_lookup": (None, d_in)})["W_lookup"]
     return config, weights, lookup
