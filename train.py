@@ -3,16 +3,20 @@
     python train.py --model gpt2 --corpus allenai/c4:en --layer 8 --k 32 --lookup --out my_tsae
     torchrun --standalone --nproc-per-node 4 train.py --model gpt2 --corpus ... --out my_tsae
 
-Writes a folder that tsae_utils.load and SAELens read. The same command resumes a stopped or
-killed run from its last checkpoint, <out>.checkpoint.safetensors. Under torchrun every process
-reads its own documents, and --batch-size counts the tokens of all processes together.
+Writes a folder that tsae_utils.load and SAELens read, and the training's history beside it as
+<out>.history.csv. The same command resumes a stopped or killed run from its last checkpoint,
+<out>.checkpoint.safetensors. Under torchrun every process reads its own documents, and
+--batch-size counts the tokens of all processes together.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
@@ -33,8 +37,14 @@ def arguments() -> argparse.Namespace:
     add(
         "--corpus", required=True, help="text file, folder of files, or hub id (name:configuration)"
     )
+    add("--text-column", default="text", help="column of the corpus that holds the text")
+    add("--resume-text", action="store_true", help="go on with the text that was read before its "
+        "source broke off, kept in <out>.text.safetensors")  # fmt: skip
     add("--out", required=True, type=Path, help="folder to write")
-    add("--layer", type=int, help="block whose input is modelled; default: two thirds of the way")
+    place = parser.add_mutually_exclusive_group()
+    place.add_argument("--layer", type=int, help="block whose input is modelled; default: two "
+        "thirds of the way")  # fmt: skip
+    place.add_argument("--hook", help="hook point by name, such as blocks.4.hook_mlp_out")
     add("--lookup", action="store_true", help="add the token table, which makes it a TSAE")
     add("--activation", choices=tu.ACTIVATIONS, default="topk")
     add("--k", type=int, default=32, help="active features per token (topk, batchtopk)")
@@ -58,6 +68,7 @@ def arguments() -> argparse.Namespace:
     add("--heldout-rows", type=int, default=64, help="rows kept for the measurement at the end")
     add("--checkpoint-every", type=float, help="tokens between checkpoints; default: a fiftieth "
         "of the run, at least a million")  # fmt: skip
+    add("--plot", action="store_true", help="draw the history as <out>.history.png")
     add("--device", help="cuda, mps or cpu; default: the best there is")
     args = parser.parse_args()
     for name in ("tokens", "context_size", "batch_size", "expansion", "heldout_rows", "k"):
@@ -78,11 +89,16 @@ def choose_device(args: argparse.Namespace, world: int) -> None:
         torch.cuda.set_device(args.device)
 
 
+def beside(out: Path, ending: str) -> Path:
+    """The path of a file beside the output folder, which may be a link or "."."""
+    place = out.expanduser().resolve()
+    return place.with_name(place.name + ending)
+
+
 def prepare_output(out: Path) -> Path:
     """The checkpoint's path. Raises OSError where the output cannot or must not be written."""
-    place = out.resolve()
-    checkpoint = place.with_name(place.name + ".checkpoint.safetensors")
-    if tu.refuse_other_files(out).exists() and not checkpoint.exists():
+    place, checkpoint = tu.refuse_other_files(out), beside(out, ".checkpoint.safetensors")
+    if (place / "cfg.json").exists() and not checkpoint.exists():
         raise FileExistsError(f"{out} holds an SAE already: delete it or choose another --out")
     place.parent.mkdir(parents=True, exist_ok=True)
     if not os.access(place.parent, os.W_OK):
@@ -91,14 +107,13 @@ def prepare_output(out: Path) -> Path:
 
 
 def choose_hook(args: argparse.Namespace, lm: tu.LanguageModel) -> str:
-    """Name of the hook point. Raises ValueError for a layer or context the model does not have."""
+    """Name of the hook point. Raises ValueError for a place or context the model does not have."""
     layer = lm.n_layers * 2 // 3 if args.layer is None else args.layer
-    hook = f"blocks.{layer}.hook_resid_pre"
-    tu.parse_hook(hook, lm.n_layers)
-    longest = getattr(lm.model.config, "max_position_embeddings", args.context_size)
-    if args.context_size > longest:
+    hook = args.hook or f"blocks.{layer}.hook_resid_pre"
+    lm.require_hook(hook)
+    if lm.max_context and args.context_size > lm.max_context:
         raise ValueError(
-            f"--context-size {args.context_size} is beyond the model's {longest} positions"
+            f"--context-size {args.context_size} is beyond the model's {lm.max_context} positions"
         )
     return hook
 
@@ -137,8 +152,17 @@ def read_rows(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(Training rows, held-out rows) of this process. Raises ValueError for too little text."""
     wanted = args.tokens / world + (args.heldout_rows + 2) * args.context_size
-    documents = islice(tu.read_documents(args.corpus), rank, None, world)
-    rows = tu.token_rows(documents, lm, args.context_size, wanted, progress=rank == 0)
+    documents = tu.read_documents(args.corpus, args.text_column)
+    part = "" if world == 1 else f".{rank}"
+    rows = tu.token_rows(
+        islice(documents, rank, None, world),
+        lm,
+        args.context_size,
+        wanted,
+        progress=rank == 0,
+        partial=beside(args.out, f".text{part}.safetensors"),
+        resume=args.resume_text,
+    )
     n = len(rows) - args.heldout_rows
     if n < 2:
         raise ValueError(
@@ -164,14 +188,61 @@ def describe(
         print(f"resuming from {checkpoint}")
 
 
-def measure_and_save(
+@contextmanager
+def recorded(args: argparse.Namespace, rank: int) -> Iterator[list[dict]]:
+    """A list for the training's history, which is written when the training ends or breaks off."""
+    history: list[dict] = []
+    try:
+        yield history
+    finally:
+        if rank == 0 and history:
+            with open(beside(args.out, ".history.csv"), "w", newline="") as file:
+                writer = csv.DictWriter(file, list(history[0]), lineterminator="\n")
+                writer.writeheader()
+                writer.writerows(history)
+            if args.plot:
+                plot(history, beside(args.out, ".history.png"))
+
+
+def plot(history: list[dict], path: Path) -> None:
+    """Loss, NMSE, L0 and dead features over the tokens seen."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    labels = {
+        "loss": "loss (log scale)",
+        "nmse": "NMSE (log scale)",
+        "l0": "active features per token",
+        "dead_fraction": "share of dead features",
+    }
+    for axes, (name, label) in zip(figure.subplots(2, 2).flat, labels.items(), strict=True):
+        axes.plot([row["tokens"] for row in history], [row[name] for row in history])
+        axes.set(xlabel="tokens seen", title=label)
+        if "log" in label:
+            axes.set_yscale("log")
+        else:
+            axes.set_ylim(bottom=0)
+        axes.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=150)
+
+
+def save_and_measure(
     args: argparse.Namespace, sae: tu.TSAE, evaluator: tu.Evaluator, last: dict
 ) -> None:
-    """Write the folder with its held-out numbers and print them."""
-    metrics = evaluator(sae)
+    """Write the folder, then its held-out numbers, and print them."""
     training = {key: value for key, value in last.items() if key != "system"}
     training |= {"lr": args.lr, "lr_lookup": args.lr_lookup}
-    tu.save(sae, args.out, {"training": training, "heldout": metrics})
+    tu.save(sae, args.out, {"training": training})
+    try:
+        metrics = evaluator(sae)
+        tu.save(sae, args.out, {"training": training, "heldout": metrics})
+    except Exception:
+        print(
+            f"{args.out} holds the trained SAE, but its measurement failed; the same command "
+            "measures it again",
+            file=sys.stderr,
+        )
+        raise
     shown = "; ".join(f"{name} {metrics[name]:.4g}" for name in ("l0", "nmse", "fvu", "ce_added"))
     print(f"{shown}; dead {last['dead_fraction']:.1%}; saved in {args.out}")
 
@@ -202,16 +273,19 @@ def main() -> None:
     if world > 1:  # after all imports: those made later would keep the group's threads alive
         backend = "nccl" if lm.device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend)
+    # Built before the training, so that a model that cannot be measured costs no time.
+    evaluator = tu.Evaluator(lm, heldout, hook) if rank == 0 else None
     every = int(args.checkpoint_every or max(1e6, args.tokens / 50))
     options = {"progress": rank == 0, "checkpoint": checkpoint, "checkpoint_every": every}
     try:
-        history = tu.train({"sae": sae}, stream, training, **options)
+        with recorded(args, rank) as history:
+            tu.train({"sae": sae}, stream, training, **options, history=history)
     except KeyboardInterrupt:
         resume = f"the same command resumes from {checkpoint}"
         outcome = resume if checkpoint.exists() else "there is no checkpoint yet"
         raise SystemExit(f"stopped: {outcome}") from None
-    if rank == 0:
-        measure_and_save(args, sae, tu.Evaluator(lm, heldout, hook), history[-1])
+    if evaluator is not None:
+        save_and_measure(args, sae, evaluator, history[-1])
         checkpoint.unlink(missing_ok=True)
     if world > 1:
         torch.distributed.destroy_process_group()
