@@ -166,7 +166,10 @@ def parquet_rows(path: Path, text_column: str) -> Rows:
         return
     with ParquetFile(path) as file:
         columns = needed_columns(file.schema_arrow.names, text_column)
-        yield from arrow_rows(path, file.iter_batches(1024, columns=columns))
+        # A batch across groups would lose what stands before a damaged one.
+        groups = ([number] for number in range(file.num_row_groups))
+        batches = (file.iter_batches(1024, group, columns) for group in groups)
+        yield from arrow_rows(path, chain.from_iterable(batches))
 
 
 def needed_columns(names: list[str], text_column: str) -> list[str]:
