@@ -11,7 +11,7 @@ Axes: R rows, L sequence, D d_in, B tokens that are patched, N n-gram order, F d
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import wraps
@@ -26,7 +26,8 @@ from tsae.blocks import removed_afterwards
 from tsae.language_model import PLACES, real_tokens
 
 Edit = Callable[[Tensor], Tensor]  # feature activations [B, F] to feature activations
-Hooks = list[tuple[str, Callable]]  # TransformerLens's: names, functions of (tensor, hook)
+Change = Callable[[Tensor], Tensor]
+Shown = dict[str, Tensor]  # by hook point
 
 
 class Coder(Protocol):
@@ -212,8 +213,15 @@ def patched_positions(now: Pass, tokenizer: Any) -> Tensor:
 # -- the hook point: what the model shows there --
 
 PROBE_ROWS = 2
-FITS: WeakKeyDictionary[Any, set] = WeakKeyDictionary()  # (hook point, d_in) of each model
-CENTRED: WeakKeyDictionary[Any, bool] = WeakKeyDictionary()
+FACTS: WeakKeyDictionary[Any, dict] = WeakKeyDictionary()  # what was found out about each model
+
+
+def remembered(model: Any, key: Any, find: Callable[[], Any]) -> Any:
+    """What `find` says about a model, asked once."""
+    facts = FACTS.setdefault(model, {})
+    if key not in facts:
+        facts[key] = find()
+    return facts[key]
 
 
 def probe_ids(model: Any) -> Tensor:
@@ -226,8 +234,21 @@ def probe_ids(model: Any) -> Tensor:
     return torch.tensor(ordinary)[chosen].to(next(model.parameters()).device)
 
 
-def probe(model: Any, hooks: Hooks) -> Tensor:
-    """Logits of a tiny pass in evaluation mode, which other hooks do not see."""
+def probe(model: Any, names: Iterable[str], changes: dict[str, Change] | None = None) -> Shown:
+    """What hook points show in a tiny pass, and its "logits"; those not reached are left out.
+
+    The pass is one of evaluation and without gradients, and hooks of others do not see it.
+    """
+    shown: Shown = {}
+
+    def reader(name: str) -> Callable:
+        return lambda raw, hook: shown.__setitem__(name, raw)
+
+    def changer(change: Change) -> Callable:
+        return lambda raw, hook: change(raw)
+
+    hooks = [(name, changer(change)) for name, change in (changes or {}).items()]
+    hooks += [(name, reader(name)) for name in names if name in model.hook_dict]
     ids = probe_ids(model)
     tables = [point._forward_hooks for point in set(model.hook_dict.values())]
     others = [dict(table) for table in tables]
@@ -239,12 +260,18 @@ def probe(model: Any, hooks: Hooks) -> Tensor:
             module.training = False
         autocast = torch.autocast(ids.device.type, enabled=False)
         with torch.no_grad(), autocast, model.hooks(fwd_hooks=hooks):
-            return model(ids, return_type="logits")
+            return {"logits": model(ids, return_type="logits"), **shown}
     finally:
         for table, hidden in zip(tables, others, strict=True):
             table.update(hidden)
         for module in training:
             module.training = True
+
+
+def differ(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors differ by more than rounding in their type."""
+    tolerance = torch.finfo(a.dtype).eps ** 0.5
+    return bool((a.float() - b.float()).abs().max() > tolerance * b.float().abs().max())
 
 
 def ignores_the_mean(model: Any) -> bool:
@@ -253,43 +280,46 @@ def ignores_the_mean(model: Any) -> bool:
     As in `LanguageModel`: a constant that is added before the first block must arrive behind the
     last one and leave the logits as they are.
     """
-    if model not in CENTRED:
-        first, last = "blocks.0.hook_resid_pre", f"blocks.{len(model.blocks) - 1}.hook_resid_post"
-        streams: list[Tensor] = []
 
-        def read(raw: Tensor, hook: Any) -> None:
-            streams.append(raw)
+    def add(raw: Tensor) -> Tensor:
+        added = torch.rand(raw.shape[:2], generator=torch.Generator().manual_seed(1))
+        return raw + raw.std(-1, keepdim=True) * (1 + added[..., None].to(raw))
 
-        def add(raw: Tensor, hook: Any) -> Tensor:
-            added = torch.rand(raw.shape[:2], generator=torch.Generator().manual_seed(1))
-            return raw + raw.std(-1, keepdim=True) * (1 + added[..., None].to(raw))
-
-        clean = probe(model, [(first, read), (last, read)])
-        moved = probe(model, [(first, add), (first, read), (last, read)])
-        start, end, moved_start, moved_end = (stream.float() for stream in streams)
-        tolerance = torch.finfo(streams[0].dtype).eps ** 0.5  # rounding stays below
-
-        def differ(a: Tensor, b: Tensor) -> bool:
-            return bool((a - b).abs().max() > tolerance * b.abs().max())
-
-        CENTRED[model] = not (
-            differ(moved.float(), clean.float()) or differ(moved_end - end, moved_start - start)
-        )
-    return CENTRED[model]
+    first, last = "blocks.0.hook_resid_pre", f"blocks.{len(model.blocks) - 1}.hook_resid_"
+    names = (first, f"{last}pre", f"{last}post")
+    clean, moved = probe(model, names), probe(model, names, {first: add})
+    end = next(name for name in reversed(names) if name in clean)
+    shift, arrived = (moved[name] - clean[name] for name in (first, end))
+    return not (differ(moved["logits"], clean["logits"]) or differ(arrived, shift))
 
 
-def is_centred(model: Any, hook_name: str) -> bool:
-    """Whether activations lose their mean there, as in `LanguageModel`.
+def is_read_only(model: Any, layer: int) -> bool:
+    """Whether the block passes on the stream that enters hook_resid_mid, not the one that leaves.
 
-    The hook point shows the stream or what is added to it, and the model ignores their mean.
+    A TransformerBridge does: its MLP reads what hooks there return, but is added to the stream
+    before them. Raises ValueError where the block does not add the MLP's result to the stream.
     """
+    names = [f"blocks.{layer}.hook_{place}" for place in ("resid_mid", "mlp_out", "resid_post")]
+    mid, mlp, post = names
+    clean = probe(model, names)
+    if not set(names) <= clean.keys() or differ(clean[mid] + clean[mlp], clean[post]):
+        raise ValueError(
+            f"{mid} is not the stream that this model's block adds its MLP's result to: "
+            "use hook_resid_pre or hook_resid_post"
+        )
+    shift = clean[mid].flip(1)
+    changes = {mid: lambda raw: raw + shift, mlp: lambda raw: clean[mlp]}
+    return differ(probe(model, names, changes)[post], clean[post] + shift)
+
+
+def place_of(model: Any, hook_name: str) -> tuple[int, str] | None:
+    """(Block, place) of a hook point on the stream or of what is added to it, under any name."""
     points = model.hook_dict
-    of_stream = [
-        points.get(f"blocks.{layer}.hook_{place}")
-        for layer in range(len(model.blocks))
-        for place in (*PLACES, "resid_post")
-    ]
-    return any(point is points[hook_name] for point in of_stream) and ignores_the_mean(model)
+    for layer in range(len(model.blocks)):
+        for place in (*PLACES, "resid_post"):
+            if points.get(f"blocks.{layer}.hook_{place}") is points[hook_name]:
+                return layer, place
+    return None
 
 
 def require_shape(shape: torch.Size, rows: torch.Size, d_in: int, hook_name: str) -> None:
@@ -316,17 +346,19 @@ def require_fit(model: Any, sae: Coder, hook_name: str) -> None:
         )
     if sae.lookup is not None:
         sae.lookup.check_vocabulary(model.cfg.d_vocab)
-    fits = FITS.setdefault(model, set())
-    if (hook_name, sae.cfg.d_in) not in fits:
-        shapes: list[torch.Size] = []
-        probe(model, [(hook_name, lambda raw, hook: shapes.append(raw.shape))])
-        if not shapes:
-            raise ValueError(
-                f"the model does not come by {hook_name} when it reads tokens: "
-                "choose another hook point"
-            )
-        require_shape(shapes[0], probe_ids(model).shape, sae.cfg.d_in, hook_name)
-        fits.add((hook_name, sae.cfg.d_in))
+    d_in = sae.cfg.d_in
+    remembered(model, (hook_name, d_in), lambda: require_width(model, d_in, hook_name))
+
+
+def require_width(model: Any, d_in: int, hook_name: str) -> None:
+    """Raise ValueError where a tiny pass shows no vector of d_in for each token."""
+    shown = probe(model, [hook_name])
+    if hook_name not in shown:
+        raise ValueError(
+            f"the model does not come by {hook_name} when it reads tokens: "
+            "choose another hook point"
+        )
+    require_shape(shown[hook_name].shape, probe_ids(model).shape, d_in, hook_name)
 
 
 # -- attaching --
@@ -370,7 +402,8 @@ def attach(
     """
     hook_name = hook_name or sae.cfg.hook_name
     require_fit(model, sae, hook_name)
-    centred, seen = is_centred(model, hook_name), Seen()
+    place, seen, carried = place_of(model, hook_name), Seen(), {}
+    centred = place is not None and remembered(model, "centred", lambda: ignores_the_mean(model))
 
     def replace(raw: Tensor, hook: Any) -> Tensor:
         if now.tokens is None:
@@ -387,7 +420,19 @@ def attach(
         tokens_BN = seen.tokens[keep].unsqueeze(-1)
         x_hat, acts = reconstruct(sae, x_BD - mean, tokens_BN, edit, error_term)
         seen.acts = acts.new_zeros(*keep.shape, acts.shape[-1]).index_put((keep,), acts)
-        return flat.index_put((keep,), (x_hat + mean).to(raw.dtype)).view(raw.shape)
+        new = flat.index_put((keep,), (x_hat + mean).to(raw.dtype)).view(raw.shape)
+        carried["change"] = new - raw
+        return new
 
-    with passes(model) as now, model.hooks(fwd_hooks=[(hook_name, replace)]):
+    def carry(point: nn.Module, args: tuple, raw: Tensor) -> Tensor:
+        return raw + carried.pop("change", 0.0)
+
+    handles = []
+    if place is not None and place[1] == "resid_mid":
+        layer = place[0]
+        if remembered(model, (hook_name, "carried"), lambda: is_read_only(model, layer)):
+            end = model.hook_dict[f"blocks.{layer}.hook_resid_post"]
+            handles.append(end.register_forward_hook(carry, prepend=True))
+    hooks = [(hook_name, replace)]
+    with removed_afterwards(handles), passes(model) as now, model.hooks(fwd_hooks=hooks):
         yield seen
