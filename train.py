@@ -216,10 +216,12 @@ def plot(history: list[dict], path: Path) -> None:
         "dead_fraction": "share of dead features",
     }
     for axes, (name, label) in zip(figure.subplots(2, 2).flat, labels.items(), strict=True):
-        axes.plot([row["tokens"] for row in history], [row[name] for row in history])
-        axes.set(xlabel="tokens seen", title=label)
+        axes.plot([row["tokens"] / 1e6 for row in history], [row[name] for row in history])
+        axes.set(xlabel="million tokens seen", title=label)
         if "log" in label:
             axes.set_yscale("log")
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(lambda y, _: f"{y:g}" if f"{y:e}"[0] in "25" else "")
         else:
             axes.set_ylim(bottom=0)
         axes.spines[["top", "right"]].set_visible(False)
