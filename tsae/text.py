@@ -164,7 +164,7 @@ def parquet_rows(path: Path, text_column: str) -> Rows:
 
     if path.stat().st_size == 0:
         return
-    with ParquetFile(path) as file:
+    with ParquetFile(path, pre_buffer=False, buffer_size=2**20) as file:  # not a group at once
         columns = needed_columns(file.schema_arrow.names, text_column)
         # A batch across groups would lose what stands before a damaged one.
         groups = ([number] for number in range(file.num_row_groups))
