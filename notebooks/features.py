@@ -6,14 +6,17 @@ D d_in, F features, V vocabulary, G n-grams.
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
 import torch
 from lab import Lab, tu
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm.auto import tqdm
+
+from tsae.blocks import StopForward, removed_afterwards
 
 SHRINKAGE = 4.0  # occurrences of an n-gram that weigh as much as the prediction of the lower order
 HISTOGRAM_BINS = 24
@@ -206,20 +209,27 @@ def token_counts(lab: Lab) -> Tensor:
 # ---------------------------------------------------------------------------------------------
 
 
+@torch.no_grad()
 def logit_directions(lm: tu.LanguageModel) -> Tensor:
-    """W_U [V, D] scaled by the final norm's gain.
+    """What each direction of the stream adds to the logits [V, D], the final norm's scale apart.
 
-    Its product with a direction of the stream is that direction's direct effect on the logits.
+    Whatever gain the norm has and whatever follows it is found by running it on the axes of the
+    stream and their opposites; biases drop out.
     """
-    gains = [
-        module.weight
-        for module in lm.model.base_model.children()
-        if getattr(module, "weight", None) is not None and module.weight.shape == (lm.d_model,)
-    ]
-    W_U = lm.model.get_output_embeddings().weight.detach().float()
-    if gains:
-        W_U = W_U * gains[-1].detach().float()
-    return W_U - W_U.mean(-1, keepdim=True) if lm.centred else W_U
+    head, seen = lm.model.get_output_embeddings(), []
+
+    def read(module: nn.Module, args: tuple) -> None:
+        seen.append(args[0][:, 0].float())
+        raise StopForward
+
+    axes = 100 * lm.d_model**0.5 * torch.eye(lm.d_model, device=lm.device)  # far above epsilons
+    ids = lm.probe_ids[:1, :1].expand(2 * lm.d_model, 1)
+    with removed_afterwards([head.register_forward_pre_hook(read)]), suppress(StopForward):
+        lm.losses(ids, lm.n_layers, torch.cat([axes, -axes])[:, None])
+    centred = axes - axes.mean(-1, keepdim=True) if lm.centred else axes
+    size = centred.square().mean(-1, keepdim=True).sqrt() / axes.diagonal()[:, None]
+    plus, minus = seen[0].chunk(2)
+    return head.weight.float() @ ((plus - minus) / 2 * size).T
 
 
 @torch.no_grad()

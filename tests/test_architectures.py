@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import features as ft
 import pytest
 import torch
 from transformer_lens.model_bridge import TransformerBridge
@@ -15,6 +16,7 @@ from tools.scan_architectures import (
     tiny_model,
     tiny_tokenizer,
 )
+from tsae.blocks import removed_afterwards
 
 # `make scan` tries all; these differ in what their blocks return, add, normalise or share.
 ARCHITECTURES = {  # name: (centred, hook points of three blocks)
@@ -83,6 +85,35 @@ def test_replacement_is_what_the_model_computes_from_it(model_type):
         lm._logits(other).flatten(0, 1), targets.flatten(), reduction="none"
     )
     assert torch.allclose(lm.losses(ids, 1, x)[0], expected[:-1], atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "gpt_neox", "llama", "gemma2", "gemma3", "cohere"])
+def test_logit_directions_are_the_models(model_type):
+    """A direction across the stream changes the logits as the whole model says.
+
+    Gemma's norms multiply by one plus their weight.
+    """
+    lm = language_model(model_type)
+    with torch.no_grad():
+        for parameter in lm.model.parameters():
+            if parameter.ndim == 1:
+                parameter.copy_(torch.rand(parameter.shape) - 0.3)
+    generator = torch.Generator().manual_seed(0)
+    x, d = torch.randn(2, lm.d_model, generator=generator).double()
+    centred = lm._to_stream(x.float()).double()
+    d -= (d @ centred) / (centred @ centred) * centred  # the norm's scale does not change
+    seen = []
+
+    def read(module, args, output):
+        seen.append(output[:, 0].double())
+
+    ids = lm.probe_ids[:1, :1].expand(2, 2)
+    moved = torch.stack([x + 0.01 * d, x - 0.01 * d])[:, None].expand(-1, 2, -1).float()
+    with removed_afterwards([lm.model.get_output_embeddings().register_forward_hook(read)]):
+        lm.losses(ids, lm.n_layers, lm._to_stream(moved))
+    change = (seen[0][0] - seen[0][1]) / 0.02 * centred.square().mean().sqrt()
+    expected = ft.logit_directions(lm).double() @ d
+    assert torch.allclose(change, expected, atol=1e-3 * expected.abs().max().item())
 
 
 def opt(**changes) -> OPTForCausalLM:
