@@ -174,9 +174,8 @@ def read_hooked_transformer(model: Any) -> Iterator[Pass]:
 
 def passes(model: Any) -> Any:
     """A context that keeps a `Pass` up to date, for either class of model."""
-    return (
-        read_bridge(model) if hasattr(model, "original_model") else read_hooked_transformer(model)
-    )
+    read = read_bridge if hasattr(model, "original_model") else read_hooked_transformer
+    return read(model)
 
 
 def token_id(tokenizer: Any, name: str) -> int | None:
@@ -200,7 +199,7 @@ def patched_positions(now: Pass, tokenizer: Any) -> Tensor:
     bos, eos, pad = (token_id(tokenizer, name) for name in ("bos", "eos", "pad"))
     special = [i for i in (bos, eos) if i is not None] or [0]
     if now.mask is not None:
-        mask = now.mask != 0
+        mask = now.mask.to(ids.device) != 0
         is_real, earlier = mask[:, -ids.shape[1] :], mask[:, : -ids.shape[1]]
         begins = ~earlier.any(-1, keepdim=True) if earlier.numel() else begins
     else:  # a column of text stands for the cache
@@ -271,7 +270,7 @@ def probe(model: Any, names: Iterable[str], changes: dict[str, Change] | None = 
 def differ(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors differ by more than rounding in their type."""
     tolerance = torch.finfo(a.dtype).eps ** 0.5
-    return bool((a.float() - b.float()).abs().max() > tolerance * b.float().abs().max())
+    return not (a.float() - b.float()).abs().max() <= tolerance * b.float().abs().max()
 
 
 def ignores_the_mean(model: Any) -> bool:
@@ -293,11 +292,11 @@ def ignores_the_mean(model: Any) -> bool:
     return not (differ(moved["logits"], clean["logits"]) or differ(arrived, shift))
 
 
-def is_read_only(model: Any, layer: int) -> bool:
-    """Whether the block passes on the stream that enters hook_resid_mid, not the one that leaves.
+def passes_by(model: Any, layer: int) -> bool:
+    """Whether a block's stream passes by hook_resid_mid: what hooks return is only read there.
 
-    A TransformerBridge does: its MLP reads what hooks there return, but is added to the stream
-    before them. Raises ValueError where the block does not add the MLP's result to the stream.
+    So it is in a TransformerBridge, where the MLP reads it and is added to the stream as it was.
+    Raises ValueError where the block does not add the MLP's result to the stream.
     """
     names = [f"blocks.{layer}.hook_{place}" for place in ("resid_mid", "mlp_out", "resid_post")]
     mid, mlp, post = names
@@ -344,6 +343,11 @@ def require_fit(model: Any, sae: Coder, hook_name: str) -> None:
             f"the model has no hook point {hook_name!r}: "
             "give hook_name, such as blocks.4.hook_resid_pre"
         )
+    if not hasattr(model, "blocks"):
+        raise ValueError(
+            f"{type(model).__name__} of {model.cfg.model_name} has no single stack of blocks: "
+            "an SAE can only be attached to a causal language model"
+        )
     if sae.lookup is not None:
         sae.lookup.check_vocabulary(model.cfg.d_vocab)
     d_in = sae.cfg.d_in
@@ -380,6 +384,23 @@ def reconstruct(
 
 
 @contextmanager
+def carrying(model: Any, place: tuple[int, str] | None) -> Iterator[list[Tensor] | None]:
+    """A list for the change of a stream that passes by, which the block's end adds; else None."""
+    layer, name = place or (0, "")
+    if name != "resid_mid" or not remembered(model, place, lambda: passes_by(model, layer)):
+        yield None
+        return
+    change: list[Tensor] = []
+
+    def add(point: nn.Module, args: tuple, raw: Tensor) -> Tensor:
+        return raw + change.pop() if change else raw
+
+    end = model.hook_dict[f"blocks.{layer}.hook_resid_post"]
+    with removed_afterwards([end.register_forward_hook(add, prepend=True)]):
+        yield change
+
+
+@contextmanager
 def attach(
     model: Any,
     sae: Coder,
@@ -394,15 +415,15 @@ def attach(
     SAE's error is added back, so that the edit is all that changes. Gradients flow through.
 
     As in training, padding, the first token of a text and special tokens are left alone. Where
-    nothing in the model sees the residual stream's mean over its width, as with LayerNorm, the
-    stream and what is added to it are centred. The mean is put back.
+    nothing in the model sees the mean of the residual stream over its width, as with LayerNorm,
+    the stream and what is added to it are centred, and their mean is put back.
 
     Raises ValueError where the model has no such hook point, or another width or vocabulary, and
     for a pass that does not start from token ids (inputs_embeds), as the table needs them.
     """
     hook_name = hook_name or sae.cfg.hook_name
     require_fit(model, sae, hook_name)
-    place, seen, carried = place_of(model, hook_name), Seen(), {}
+    place, seen = place_of(model, hook_name), Seen()
     centred = place is not None and remembered(model, "centred", lambda: ignores_the_mean(model))
 
     def replace(raw: Tensor, hook: Any) -> Tensor:
@@ -415,24 +436,15 @@ def attach(
         keep = patched_positions(now, model.tokenizer).to(raw.device)
         seen.tokens = now.tokens.to(raw.device)
         flat = raw.flatten(2)
-        x_BD = flat[keep].float()
+        x_BD, tokens_BN = flat[keep].float(), seen.tokens[keep].unsqueeze(-1)
         mean = x_BD.mean(-1, keepdim=True) if centred else 0.0
-        tokens_BN = seen.tokens[keep].unsqueeze(-1)
         x_hat, acts = reconstruct(sae, x_BD - mean, tokens_BN, edit, error_term)
         seen.acts = acts.new_zeros(*keep.shape, acts.shape[-1]).index_put((keep,), acts)
         new = flat.index_put((keep,), (x_hat + mean).to(raw.dtype)).view(raw.shape)
-        carried["change"] = new - raw
+        if change is not None:
+            change[:] = [new - raw]
         return new
 
-    def carry(point: nn.Module, args: tuple, raw: Tensor) -> Tensor:
-        return raw + carried.pop("change", 0.0)
-
-    handles = []
-    if place is not None and place[1] == "resid_mid":
-        layer = place[0]
-        if remembered(model, (hook_name, "carried"), lambda: is_read_only(model, layer)):
-            end = model.hook_dict[f"blocks.{layer}.hook_resid_post"]
-            handles.append(end.register_forward_hook(carry, prepend=True))
     hooks = [(hook_name, replace)]
-    with removed_afterwards(handles), passes(model) as now, model.hooks(fwd_hooks=hooks):
+    with passes(model) as now, carrying(model, place) as change, model.hooks(fwd_hooks=hooks):
         yield seen
