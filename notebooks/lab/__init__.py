@@ -106,7 +106,7 @@ class Lab:
     @cached_property
     def context_size(self) -> int:
         wanted = self.p.source.context_size
-        return min(wanted, getattr(self.lm.model.config, "max_position_embeddings", wanted))
+        return min(wanted, self.lm.max_context or wanted)
 
     def layer_at(self, depth: float) -> int:
         """The layer at a share of the model's depth."""
