@@ -10,6 +10,7 @@ import io
 import json
 import os
 import tracemalloc
+from copy import copy
 from datetime import date
 from pathlib import Path
 
@@ -337,7 +338,7 @@ def test_another_text_column(tmp_path):
         ("a.txt.gz", b"plain text", r"is damaged or cut short \(Not a gzipped file.*whole gzip"),
         ("a.parquet", b"PAR1" + b"x" * 50 + b"PAR1", "expected a whole parquet file, so fetch"),
     ],
-    ids=str,
+    ids=lambda value: str(value)[:40],
 )
 def test_damaged_text(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
@@ -394,7 +395,7 @@ def test_a_saved_data_set(tmp_path):
     data.save_to_disk(tmp_path / "one", num_shards=3)
     assert read(tmp_path / "one") == texts
     assert len([file for file in local_files(tmp_path / "one") if file.suffix == ".arrow"]) == 3
-    DatasetDict({"train": data, "test": data.select([0])}).save_to_disk(tmp_path / "both")
+    DatasetDict({"test": data.select([0]), "train": data}).save_to_disk(tmp_path / "both")
     assert read(tmp_path / "both") == texts
     DatasetDict({"test": data, "dev": data}).save_to_disk(tmp_path / "none")
     with raises(
@@ -446,16 +447,21 @@ def test_tokenized_text_gives_the_rows_of_its_text(tmp_path, kind, lm, texts):
 @pytest.mark.parametrize("side", ["left", "right"])
 @pytest.mark.parametrize("pad", [0, 1, 63, 99])
 def test_an_attention_mask_tells_padding(tmp_path, kind, side, pad, lm, texts):
-    """Padding may be any token then, one beyond the embedding and the text's last one included."""
+    """Padding may be any token then: one beyond the embedding, or one that ends the text, too."""
+    padding_lm = copy(lm)
+    padding_lm.pad_id = 63
     columns = {"input_ids": [], "attention_mask": []}
     for text in texts:
         row = [0, *(int(word[1:]) for word in text.split()), 63]
         padding, mask = [pad] * (42 - len(row)), [1] * len(row)
-        columns["input_ids"].append([*padding, *row] if side == "left" else [*row, *padding])
         zeros = [0] * len(padding)
-        columns["attention_mask"].append([*zeros, *mask] if side == "left" else [*mask, *zeros])
+        pairs = (
+            ((padding, row), (zeros, mask)) if side == "left" else ((row, padding), (mask, zeros))
+        )
+        for column, (first, second) in zip(columns.values(), pairs, strict=True):
+            column.append([*first, *second])
     source = save_tokenized(tmp_path, kind, columns)
-    rows = tu.token_rows(tu.read_documents(source), lm, 16)
+    rows = tu.token_rows(tu.read_documents(source), padding_lm, 16)
     assert torch.equal(rows, tu.token_rows([f"{text} w63" for text in texts], lm, 16))
 
 
