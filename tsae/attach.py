@@ -374,7 +374,7 @@ def reconstruct(
     """(Reconstruction [B, D], features after the edit [B, F]), computed where the SAE is."""
     weight = next(sae.parameters(), x_BD) if isinstance(sae, nn.Module) else x_BD
     x, tokens = x_BD.to(weight), tokens_BN.to(weight.device)
-    with torch.autocast(weight.device.type, enabled=False):
+    with torch.autocast(x_BD.device.type, enabled=False):
         before = sae.encode(x)
         acts = before if edit is None else edit(before)
         x_hat = sae.decode(acts, tokens)
