@@ -573,7 +573,8 @@ def test_finding_out_leaves_no_trace(any_folder):
     model, ids, shown = boot(any_folder), torch.tensor([[0, 5, 6]]), []
     model.train()
     model.blocks[1].eval()
-    modes = [module.training for module in model.modules()]
+    parts = [*model.modules(), *model.original_model.modules()]
+    modes = [part.training for part in parts]
     with attach(model, random_weights_sae(), hook_name="blocks.1.hook_resid_pre") as outer:
         model(ids)
         with model.hooks([(HOOK, lambda raw, hook: shown.append(raw))]):
@@ -584,7 +585,7 @@ def test_finding_out_leaves_no_trace(any_folder):
                 assert not shown
             model(ids)
             assert len(shown) == 1
-    assert [module.training for module in model.modules()] == modes
+    assert [part.training for part in parts] == modes
     assert not any(point._forward_hooks for point in model.hook_dict.values())
     assert not model.original_model._forward_hooks
 

@@ -241,7 +241,7 @@ def probe(model: Any, names: Iterable[str], changes: dict[str, Change] | None = 
     shown: Shown = {}
 
     def reader(name: str) -> Callable:
-        return lambda raw, hook: shown.__setitem__(name, raw)
+        return lambda raw, hook: shown.__setitem__(name, raw.clone())
 
     def changer(change: Change) -> Callable:
         return lambda raw, hook: change(raw)
@@ -251,7 +251,8 @@ def probe(model: Any, names: Iterable[str], changes: dict[str, Change] | None = 
     ids = probe_ids(model)
     tables = [point._forward_hooks for point in set(model.hook_dict.values())]
     others = [dict(table) for table in tables]
-    training = [module for module in model.modules() if module.training]
+    parts = {*model.modules(), *getattr(model, "original_model", model).modules()}
+    training = [module for module in parts if module.training]
     try:
         for table in tables:
             table.clear()
@@ -288,8 +289,8 @@ def ignores_the_mean(model: Any) -> bool:
     names = (first, f"{last}pre", f"{last}post")
     clean, moved = probe(model, names), probe(model, names, {first: add})
     end = next(name for name in reversed(names) if name in clean)
-    shift, arrived = (moved[name] - clean[name] for name in (first, end))
-    return not (differ(moved["logits"], clean["logits"]) or differ(arrived, shift))
+    arrived = clean[end] + (moved[first] - clean[first])
+    return not (differ(moved["logits"], clean["logits"]) or differ(moved[end], arrived))
 
 
 def passes_by(model: Any, layer: int) -> bool:
