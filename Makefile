@@ -8,7 +8,7 @@ PEERS := .venv-peers/bin/python
 RUN := $(PY) tools/run_notebooks.py
 
 .PHONY: help figures redraw replay record docs verify test test-resume test-saelens testbed \
-	export-saes bench scan clean
+	export-saes bench scan hostile clean
 
 help:                       ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s:
@@ -57,6 +57,9 @@ bench: .venv/ready .venv-peers/ready  ## speed against other libraries, side by 
 
 scan: .venv/ready           ## every causal architecture of transformers, tiny and random
 	$(PY) tools/scan_architectures.py
+
+hostile: .venv/ready        ## hostile inputs against slow paths: folders, shapes, models, prompts
+	$(PY) tools/hostile_inputs.py
 
 clean:                      ## remove environments, caches and scratch figures
 	rm -rf .venv .venv-peers .cache figures/mini figures/smoke

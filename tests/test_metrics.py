@@ -96,6 +96,21 @@ def test_cross_entropy_by_hand(lm):
     assert not math.isnan(by_hand[0])
 
 
+@pytest.mark.parametrize("row", [[0, 5, 0, 0], [0, 1, 1, 1], [1, 1, 1, 1]])
+def test_rows_without_text_are_refused(lm, row):
+    """They gave NaN, or an error of division."""
+    with pytest.raises(ValueError, match="nothing can be measured on 2 rows of 4 tokens"):
+        tu.Evaluator(lm, torch.tensor([row, row]), HOOK)
+
+
+@pytest.mark.parametrize("entry", [tu.Evaluator, tu.ActivationStream])
+@pytest.mark.parametrize("rows", [torch.rand(2, 8), torch.arange(8), torch.zeros(2, 64).long()])
+def test_what_is_no_row_is_refused(lm, entry, rows):
+    """Fractions were cut off."""
+    with pytest.raises(ValueError, match=r"token rows are whole numbers|32 positions"):
+        entry(lm, rows, HOOK)
+
+
 def test_heldout_is_not_training_text():
     """In the authors' code, validation rows are also training rows."""
     documents, _ = corpus.load(progress=False)

@@ -288,7 +288,7 @@ class LanguageModel:
         with torch.no_grad():
             return self.model(input_ids=ids_RL.to(self.device), **inputs).logits
 
-    def _require_rows(self, ids_RL: Tensor) -> None:
+    def require_rows(self, ids_RL: Tensor) -> None:
         """Raise ValueError for what is no rows, and for rows longer than the model's context."""
         if ids_RL.ndim != 2 or ids_RL.is_floating_point():
             raise ValueError(
@@ -318,7 +318,7 @@ class LanguageModel:
         A causal model gives a row that starts with text what it gives the text alone. Masks and
         positions, which architectures treat differently, are not needed.
         """
-        self._require_rows(ids_RL)
+        self.require_rows(ids_RL)
         ids_RL = ids_RL.to(self.device).long()
         real = real_tokens(ids_RL, self.pad_id, self.bos_id, self.separator_id)
         ids_RL = ids_RL.masked_fill(~real, self.bos_id)  # padding may have no embedding

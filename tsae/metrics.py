@@ -55,8 +55,8 @@ class HeldoutText:
     """Token rows with their activations at one layer, and the cross-entropy when these change.
 
     ce_clean, ce_zero: cross-entropy in nats as it is, and with zeros at positions that count.
-    Raises ValueError for an unknown hook, for activations that are not finite, and where putting
-    activations back as they are changes the losses (`check_replacement`).
+    Raises ValueError for an unknown hook, for rows without text, for activations that are not
+    finite, and where putting these back as they are changes the losses (`check_replacement`).
     """
 
     def __init__(
@@ -67,6 +67,7 @@ class HeldoutText:
         include_bos: bool = False,
         batch_rows: int = 16,
     ) -> None:
+        lm.require_rows(rows_RL)
         self.lm, self.rows, self.hook_name = lm, rows_RL.long(), hook_name
         lm.require_hook(hook_name)
         self.keep = keep_mask(self.rows, lm, include_bos)
@@ -74,6 +75,11 @@ class HeldoutText:
         is_text = real & (self.rows != lm.separator_id) & (self.rows != lm.bos_id)
         # Predictions that count: made at a position that counts, of a token that is text.
         self.predicted = self.keep[:, :-1] & (real if include_bos else is_text)[:, 1:]
+        if not self.predicted.any():
+            raise ValueError(
+                f"nothing can be measured on {len(rows_RL)} rows of {rows_RL.shape[-1]} tokens: "
+                "expected a row with two tokens of text after BOS, separators and padding left out"
+            )
         self.batches = list(torch.arange(len(self.rows)).split(batch_rows))
         x = [
             lm.activations(self.rows[batch], [hook_name], bf16=False)[hook_name]

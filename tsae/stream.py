@@ -52,6 +52,7 @@ class ActivationStream:
                 f"batch_size = {batch_size} must not exceed buffer_tokens = {buffer_tokens}"
             )
         lm.require_hook(hook_name)
+        lm.require_rows(rows_RL)
         self.lm, self.rows, self.hook_name = lm, rows_RL, hook_name
         self.batch_size, self.seed = batch_size, seed
         self.order, self.include_bos = order, include_bos
