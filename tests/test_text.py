@@ -648,6 +648,18 @@ def test_a_document_that_names_the_separator_is_one_document():
     assert tokenizer(text)["input_ids"].count(lm.separator_id) == 1, "the tokenizer is as it was"
 
 
+def test_a_special_token_is_tokenized_as_if_it_were_none():
+    """The same merges as without special tokens, "</" among them, not those of two parts."""
+    tokenizer = TOKENIZERS["testbed"]()
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    without = Tokenizer.from_str(json.dumps({**state, "added_tokens": []}))
+    tokenizer.add_special_tokens({"eos_token": "</s>"})
+    text = "<s>struck</s> out"
+    ids = PlainText(tokenizer)([text])[0]
+    assert ids == without.encode(text).ids
+    assert tokenizer.convert_tokens_to_ids("</") in ids
+
+
 def test_slow_tokenizers_keep_their_ordinary_added_tokens():
     tokenizer = slow()
     ids = PlainText(tokenizer)(["a    b<s>    c"])[0]

@@ -581,9 +581,6 @@ class PlainText:
         self.tokenizer = tokenizer
         added = tokenizer.added_tokens_decoder.items()
         self.special = {*tokenizer.all_special_ids, *(i for i, token in added if token.special)}
-        delimiters = (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        if tokenizer.unk_token_id not in delimiters:
-            self.special.discard(tokenizer.unk_token_id)  # it comes from ordinary text
         names = map(re.escape, tokenizer.convert_ids_to_tokens(sorted(self.special)))
         self.name = re.compile(f"(?={'|'.join(names)})")
         # Slow tokenizers would split their ordinary added tokens as well.
@@ -592,8 +589,8 @@ class PlainText:
     def __call__(self, texts: list[str]) -> list[list[int]]:
         documents = self.encode(texts)
         for i, ids in enumerate(documents):
-            if not self.special.isdisjoint(ids):
-                documents[i] = list(chain.from_iterable(self.encode(self.pieces(texts[i]))))
+            if not self.special.isdisjoint(ids) and len(pieces := self.pieces(texts[i])) > 1:
+                documents[i] = list(chain.from_iterable(self.encode(pieces)))
         return documents
 
     def encode(self, texts: list[str]) -> list[list[int]]:
