@@ -180,7 +180,7 @@ def hooked_transformer(folder: Path):
     model = tl.HookedTransformer(cfg, tokenizer=AutoTokenizer.from_pretrained(folder))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(4)
+            parameter.mul_(2)
     return model
 
 

@@ -135,7 +135,7 @@ def read_hooked_transformer(model: Any) -> Iterator[Pass]:
     `generate` embeds outside of passes: the prompt first, then token by token what it sampled.
     """
     now, text, is_read = Pass(), None, True
-    forward, hidden = model.forward, vars(model).get("forward")
+    hidden = {name: vars(model).get(name) for name in ("forward", "generate")}
 
     def embed(module: nn.Module, args: tuple) -> None:
         nonlocal text, is_read
@@ -150,15 +150,19 @@ def read_hooked_transformer(model: Any) -> Iterator[Pass]:
         now.has_begun = cache is not None and cache.past_keys.shape[1] > 0
         is_read = True
 
-    @wraps(forward)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        nonlocal is_read
-        try:
-            return forward(*args, **kwargs)
-        finally:
-            now.tokens, is_read = None, True
+    def forgetting(call: Callable) -> Callable:
+        @wraps(call)
+        def run(*args: Any, **kwargs: Any) -> Any:
+            nonlocal is_read
+            try:
+                return call(*args, **kwargs)
+            finally:
+                now.tokens, is_read = None, True
 
-    model.forward = run  # an attribute hides the method; hooks miss the calls of model.forward
+        return run
+
+    for name in hidden:  # generate calls model.forward, which hooks of the module do not see
+        setattr(model, name, forgetting(getattr(model, name)))
     handles = [
         model.embed.register_forward_pre_hook(embed),
         model.blocks[0].register_forward_pre_hook(begin, with_kwargs=True),
@@ -167,9 +171,10 @@ def read_hooked_transformer(model: Any) -> Iterator[Pass]:
         with removed_afterwards(handles):
             yield now
     finally:
-        del model.forward
-        if hidden is not None:
-            model.forward = hidden
+        for name, before in hidden.items():
+            delattr(model, name)  # an attribute of the instance hides the method
+            if before is not None:
+                setattr(model, name, before)
 
 
 def passes(model: Any) -> Any:
