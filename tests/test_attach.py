@@ -459,8 +459,13 @@ def test_a_hook_point_is_checked_in_every_pass(model):
 
 
 def tiny_bridge(model_type: str, folder: Path, **special: str) -> TransformerBridge:
-    """A random model of an architecture, from a folder that holds it afterwards."""
-    tiny_model(model_type).save_pretrained(folder)
+    """A random model of an architecture, norms and biases too, from a folder that then holds it."""
+    model, generator = tiny_model(model_type), torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    model.save_pretrained(folder)
     special = special or {"bos_token": "<s>", "eos_token": "</s>", "pad_token": f"w{PAD}"}
     word_tokenizer(**special).save_pretrained(folder)
     return boot(folder)
@@ -522,8 +527,8 @@ def test_what_a_bridge_does_not_show_is_refused(tmp_path):
             pass
 
 
-def test_the_middle_of_a_hooked_transformers_block(model, kind):
-    """And of a bridge's, whose hook point there is no part of the stream: gradients pass too."""
+def test_the_middle_of_a_block_is_the_stream(model, kind):
+    """In a bridge too, whose hook point there shows the stream as it passes by."""
     hook = "blocks.1.hook_resid_mid"
     if hook not in model.hook_dict:
         pytest.skip("attention and MLP run in parallel")
@@ -546,6 +551,20 @@ def test_the_middle_of_a_hooked_transformers_block(model, kind):
         assert close(logits.detach(), model.run_with_hooks(ids, fwd_hooks=hooks))
     logits.square().sum().backward()
     assert sae.W_dec.grad.abs().sum() > 0
+
+
+def test_the_middle_comes_before_the_end_of_a_block(model):
+    """Whichever SAE is attached first."""
+    ids, first, second = ids_of_two_rows(), random_weights_sae(), random_weights_sae("relu")
+    middle, end = "blocks.1.hook_resid_mid", "blocks.1.hook_resid_post"
+    if middle not in model.hook_dict:
+        pytest.skip("attention and MLP run in parallel")
+    with torch.no_grad():
+        with attach(model, first, hook_name=middle), attach(model, second, hook_name=end):
+            one = model(ids)
+        with attach(model, second, hook_name=end), attach(model, first, hook_name=middle):
+            other = model(ids)
+    assert close(one, other)
 
 
 # -- centring, precision, special tokens --
