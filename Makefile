@@ -8,7 +8,7 @@ PEERS := .venv-peers/bin/python
 RUN := $(PY) tools/run_notebooks.py
 
 .PHONY: help figures redraw replay record docs verify test test-resume test-saelens testbed \
-	export-saes bench scan hostile clean
+	smollm2 export-saes bench scan hostile clean
 
 help:                       ## this list
 	@grep -hE '^[a-z%-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*##/:/' | column -t -s:
@@ -48,6 +48,9 @@ test-saelens: .venv-peers/ready  ## round trips of files with the real sae_lens
 
 testbed: .venv/ready        ## train the embedded language model from nothing
 	$(PY) testbed/train.py
+
+smollm2: .venv/ready        ## fetch and dequantise SmolLM2-135M, a published language model
+	$(PY) testbed/smollm2.py
 
 export-saes: .venv/ready    ## the committed pair of SAEs, from the record's cache
 	$(PY) testbed/export_saes.py

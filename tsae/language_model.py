@@ -503,23 +503,44 @@ def best_device() -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def load_lm(
-    name_or_path: str | Path, device: str | None = None, bf16: bool | None = None
-) -> LanguageModel:
-    """Load a model, weights in fp32, from the hub ("name" or "name@revision") or a local folder.
+def read_gguf(path: Path) -> tuple[nn.Module, Any]:
+    """(Model with weights in fp32, tokenizer) of a GGUF file, which may be quantised.
 
-    Raises FileNotFoundError where neither exists, ValueError for damaged weights and for a BOS id
-    outside the embedding.
+    Raises FileNotFoundError where there is none, ValueError where transformers cannot read it.
+    """
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    if not path.is_file():
+        raise FileNotFoundError(f"no model at {path}: expected a GGUF file")
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name)
+        quantised = AutoModelForCausalLM.from_pretrained(
+            str(path.parent), gguf_file=path.name, dtype=torch.float32
+        )
+    except Exception as error:  # readers of GGUF raise errors of many kinds for a damaged file
+        raise ValueError(
+            f"{path} is damaged or of an architecture whose GGUF files transformers does not read "
+            f"({type(error).__name__}: {error}): fetch it again, or give a Hugging Face folder"
+        ) from error
+    config = quantised.config
+    vars(config).pop("quantization_config", None)  # the weights are numbers as any other
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(quantised.state_dict())
+    return model, tokenizer
+
+
+def read_hugging_face(name: str, path: Path, revision: str | None) -> tuple[nn.Module, Any]:
+    """(Model with weights in fp32, tokenizer) of a local folder or of the hub.
+
+    Raises FileNotFoundError where there is none, ValueError for damaged weights.
     """
     from huggingface_hub.errors import HTTPError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    name, revision = hub_name(name_or_path)
-    path = Path(name).expanduser()
     looks_like_a_path = path.is_absolute() or name.startswith(".") or len(path.parts) > 2
     if (path.exists() or looks_like_a_path) and not (path / "config.json").is_file():
         raise FileNotFoundError(
-            f"no model at {path}: expected a Hugging Face folder with config.json"
+            f"no model at {path}: expected a Hugging Face folder with config.json, or a .gguf file"
         )
     try:
         tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision)
@@ -533,8 +554,25 @@ def load_lm(
     except (OSError, HTTPError) as error:
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"could not load the model {str(name_or_path)!r}: it is neither a local folder with "
+            f"could not load the model {name!r}: it is neither a local folder with "
             "config, tokenizer and weights nor a hub model that can be reached: check name and "
             f"network, or give a local copy ({reason})"
         ) from error
+    return model, tokenizer
+
+
+def load_lm(
+    name_or_path: str | Path, device: str | None = None, bf16: bool | None = None
+) -> LanguageModel:
+    """Load a model, weights in fp32, from the hub, a local folder or a GGUF file.
+
+    On the hub, "name" or "name@revision". Raises FileNotFoundError where there is none, ValueError
+    for damaged weights and for a BOS id outside the embedding.
+    """
+    name, revision = hub_name(name_or_path)
+    path = Path(name).expanduser()
+    if path.suffix.lower() == ".gguf":
+        model, tokenizer = read_gguf(path)
+    else:
+        model, tokenizer = read_hugging_face(name, path, revision)
     return LanguageModel(model.to(device or best_device()), tokenizer, str(name_or_path), bf16)

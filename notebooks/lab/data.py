@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 
 import tsae_utils as tu
 from testbed import corpus as testbed_corpus
+from testbed import smollm2
 from tsae.text import Document, local_files, vocabulary_hash
 
 from .context import Context
@@ -33,7 +34,8 @@ def save_atomically(tensors: dict[str, torch.Tensor], path: Path) -> None:
 
 def load_language_model(source: str) -> tu.LanguageModel:
     """The profile's model; says so when a token stands in for a missing BOS."""
-    lm = tu.load_lm(ROOT / "testbed" / "model" if source == "testbed" else source)
+    local = {"testbed": lambda: ROOT / "testbed" / "model", "smollm2": smollm2.folder}
+    lm = tu.load_lm(local[source]() if source in local else source)
     if lm.bos_note:
         print(lm.bos_note)
     return lm
