@@ -297,4 +297,8 @@ if __name__ == "__main__":
     try:
         main()
     except (ValueError, OSError, FloatingPointError) as error:  # these say how to mend it
-        sys.exit(f"train.py: {error}")
+        notes = " ".join(getattr(error, "__notes__", []))
+        sys.exit(f"train.py: {error} {notes}".replace("resume=True", "--resume-text").strip())
+    except KeyboardInterrupt as error:  # before the training, which keeps a checkpoint
+        notes = " ".join(getattr(error, "__notes__", ["nothing was trained yet"]))
+        sys.exit(f"stopped: {notes}".replace("resume=True", "--resume-text"))

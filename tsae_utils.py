@@ -29,21 +29,16 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from tsae import distributed
+from tsae.documents import read_documents
 from tsae.hub import download, push_to_hub
 from tsae.inputs import current_tokens, flat_pair, plain_sae, require_possible, require_width
 from tsae.kernels import SparsePass, dense_pass, keep_freed_memory, top_k
 from tsae.language_model import LanguageModel, check_replacement, hub_name, load_lm, parse_hook
-from tsae.metrics import (
-    HeldoutText,
-    check_fit,
-    reconstruction_error,
-    require_fit,
-    squared_error,
-)
+from tsae.metrics import HeldoutText, check_fit, fit, reconstruction_error, squared_error
 from tsae.run import Run, dead_features_error, start_biases_
 from tsae.saelens import FILES, read_cfg, read_folder, refuse_other_files, save
 from tsae.stream import ActivationStream, unigram_activations
-from tsae.text import keep_mask, last_tokens, read_documents, token_rows
+from tsae.text import keep_mask, last_tokens, token_rows
 
 # ---------- 1  Configuration ----------------------------------------------------------------------
 
@@ -407,7 +402,7 @@ class Evaluator(HeldoutText):
 
     @torch.no_grad()
     def __call__(self, sae: TSAE) -> dict[str, float]:
-        sae, x_BD = require_fit(sae, self.lm, self.x), self.x_BD
+        sae, x_BD = fit(sae, self.lm, self.x), self.x_BD
         parts = zip(x_BD.split(4096), self.tokens_BN.split(4096), strict=True)
         outputs = [sae(x, tokens) for x, tokens in parts]
         x_hat_BD = torch.cat([out.x_hat for out in outputs])

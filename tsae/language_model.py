@@ -529,7 +529,7 @@ def read_gguf(path: Path) -> tuple[nn.Module, Any]:
     return model, tokenizer
 
 
-def read_hugging_face(name: str, path: Path, revision: str | None) -> tuple[nn.Module, Any]:
+def read_hugging_face(source: str | Path) -> tuple[nn.Module, Any]:
     """(Model with weights in fp32, tokenizer) of a local folder or of the hub.
 
     Raises FileNotFoundError where there is none, ValueError for damaged weights.
@@ -537,6 +537,8 @@ def read_hugging_face(name: str, path: Path, revision: str | None) -> tuple[nn.M
     from huggingface_hub.errors import HTTPError
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
+    name, revision = hub_name(source)
+    path = Path(name).expanduser()
     looks_like_a_path = path.is_absolute() or name.startswith(".") or len(path.parts) > 2
     if (path.exists() or looks_like_a_path) and not (path / "config.json").is_file():
         raise FileNotFoundError(
@@ -554,7 +556,7 @@ def read_hugging_face(name: str, path: Path, revision: str | None) -> tuple[nn.M
     except (OSError, HTTPError) as error:
         reason = str(error).partition("\n")[0]
         raise FileNotFoundError(
-            f"could not load the model {name!r}: it is neither a local folder with "
+            f"could not load the model {str(source)!r}: it is neither a local folder with "
             "config, tokenizer and weights nor a hub model that can be reached: check name and "
             f"network, or give a local copy ({reason})"
         ) from error
@@ -569,10 +571,7 @@ def load_lm(
     On the hub, "name" or "name@revision". Raises FileNotFoundError where there is none, ValueError
     for damaged weights and for a BOS id outside the embedding.
     """
-    name, revision = hub_name(name_or_path)
-    path = Path(name).expanduser()
-    if path.suffix.lower() == ".gguf":
-        model, tokenizer = read_gguf(path)
-    else:
-        model, tokenizer = read_hugging_face(name, path, revision)
+    path = Path(name_or_path).expanduser()
+    is_gguf = path.suffix.lower() == ".gguf"
+    model, tokenizer = read_gguf(path) if is_gguf else read_hugging_face(name_or_path)
     return LanguageModel(model.to(device or best_device()), tokenizer, str(name_or_path), bf16)

@@ -121,7 +121,7 @@ class HeldoutText:
 
 
 @torch.no_grad()
-def require_fit(sae: Any, lm: LanguageModel, x: Tensor) -> Any:
+def fit(sae: Any, lm: LanguageModel, x: Tensor) -> Any:
     """The SAE in fp32, on the device of activations x [..., D], in evaluation mode.
 
     It is a copy where the SAE is anything else. Raises ValueError for an SAE of another width or
@@ -154,7 +154,7 @@ def check_fit(sae: Any, lm: LanguageModel, rows_RL: Tensor, max_fvu: float = 0.5
     for ids in rows_RL.long().split(8):
         keep = keep_mask(ids, lm).to(lm.device)
         x.append(lm.activations(ids, [hook], bf16=False)[hook][keep])
-    measured = require_fit(sae, lm, x[0])
+    measured = fit(sae, lm, x[0])
     tokens = rows_RL[keep_mask(rows_RL, lm)].to(lm.device).split([len(part) for part in x])
     with torch.no_grad():
         x_hat = [measured(*pair).x_hat for pair in zip(x, tokens, strict=True)]

@@ -27,6 +27,7 @@ from transformers.utils import logging as transformers_logging
 
 import tsae_utils as tu
 from testbed import corpus as testbed_corpus
+from tsae.documents import Document
 
 from . import claims, data, results, training
 from .profiles import PROFILES, ROOT, Profile, is_papers_setting, public_name, settings
@@ -127,7 +128,7 @@ class Lab:
         """Name of the hook point entering a layer."""
         return f"blocks.{layer}.hook_resid_pre"
 
-    def documents(self, split: str, corpus: str = "") -> Iterator[str]:
+    def documents(self, split: str, corpus: str = "") -> Iterator[Document]:
         """Texts of one split: lm (testbed only), sae, tune or heldout."""
         return data.documents(corpus or self.p.source.corpus, split)
 

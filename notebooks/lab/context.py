@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 
 import tsae_utils as tu
+from tsae.documents import Document
 
 from .profiles import Profile
 
@@ -31,7 +32,7 @@ class Context(Protocol):
 
     def hook(self, layer: int) -> str: ...
 
-    def documents(self, split: str, corpus: str = "") -> Iterator[str]: ...
+    def documents(self, split: str, corpus: str = "") -> Iterator[Document]: ...
 
     def rows(self, split: str, tokens: float, corpus: str = "") -> torch.Tensor: ...
 

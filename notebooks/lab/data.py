@@ -16,7 +16,8 @@ from safetensors.torch import load_file, save_file
 import tsae_utils as tu
 from testbed import corpus as testbed_corpus
 from testbed import smollm2
-from tsae.text import Document, local_files, vocabulary_hash
+from tsae.documents import Document, local_files
+from tsae.text import vocabulary_hash
 
 from .context import Context
 from .profiles import ROOT
