@@ -13,7 +13,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional as F
 from transformer_lens.model_bridge import TransformerBridge
-from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    GPT2LMHeadModel,
+    LlamaForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
 
 import tsae_utils as tu
 from conftest import HOOK, VOCAB, random_weights_sae, save_model, word_tokenizer
@@ -327,6 +333,9 @@ def test_a_cache_without_a_mask_is_told_from_a_text_of_one_token(model, kind):
         assert seen.acts.any(), "the second"
         model(torch.tensor([[6]]))
         assert not seen.acts.any()
+        _, cache = model(torch.tensor([[5]]), use_cache=True, return_type="logits_and_cache")
+        model(torch.tensor([[PAD, 7]]), past_key_values=cache)
+        assert seen.acts[0].any(-1).all(), "inside a text the padding token is one like others"
 
 
 @pytest.mark.parametrize("cached", [True, False])
@@ -373,6 +382,8 @@ def test_no_pass_leaves_tokens_for_the_next(model):
     with torch.no_grad(), attach(model, random_weights_sae()) as seen:
         for before in (stop_early, fail, only_embed, finish, generate):
             before()
+            with pytest.raises(ValueError, match="without embedding tokens"):
+                model.hook_dict[HOOK](stream)
             for layer in (0, 1, 2):
                 for run in (model, model.run_with_hooks):
                     with pytest.raises(ValueError, match="without embedding tokens"):
@@ -484,6 +495,7 @@ ARCHITECTURES = {  # hook points of a block, of five
     "mpt": 5,
     "cohere": 4,
     "mamba": 2,  # no sublayers
+    "rwkv": 1,  # its first block normalises the stream
 }
 
 
@@ -585,6 +597,44 @@ def test_centring_is_found_once_and_without_dropout(any_folder, bridge_and_lm):
     keep, x = tu.keep_mask(ids, lm), lm.activations(ids, [2])[2]
     assert torch.allclose(acts[0][keep], sae.encode(x[keep]), atol=1e-3)
     assert torch.equal(*acts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("largest", [0, 300, 3000])
+def test_large_activations_do_not_hide_that_the_mean_is_ignored(tmp_path, largest, dtype):
+    """As GPT-2 small has them: 3000 in a stream that starts at 0.1."""
+    folder = save_model(tmp_path / "gpt2")
+    model = GPT2LMHeadModel.from_pretrained(folder)
+    with torch.no_grad():
+        model.transformer.h[0].mlp.c_proj.bias[5] = largest
+        model.transformer.wte.weight.div_(5)
+        model.transformer.wpe.weight.div_(5)
+    model.save_pretrained(folder)
+    model = TransformerBridge.boot_transformers(str(folder), device="cpu", dtype=dtype)
+    sae, ids, streams = random_weights_sae(), ids_of_two_rows(), []
+    record = [(HOOK, lambda stream, hook: streams.append(stream.float()))]
+    with torch.no_grad():
+        model.run_with_hooks(ids, fwd_hooks=record)
+        with attach(model, sae) as seen:
+            model(ids)
+        x = streams[0] - streams[0].mean(-1, keepdim=True)
+        assert torch.allclose(seen.acts[:, 1], sae.encode(x[:, 1]), rtol=1e-4)
+
+
+def test_a_mean_that_only_the_last_norm_sees(tmp_path):
+    """Blocks that add nothing carry the mean to the end; RMSNorm sees it there."""
+    folder = save_model(tmp_path / "llama", "llama")
+    model, sae, ids = LlamaForCausalLM.from_pretrained(folder), random_weights_sae(), [[0, 5, 6]]
+    with torch.no_grad():
+        for layer in model.model.layers:
+            layer.self_attn.o_proj.weight.zero_()
+            layer.mlp.down_proj.weight.zero_()
+    model.save_pretrained(folder)
+    bridge = boot(folder)
+    with torch.no_grad(), attach(bridge, sae) as seen:
+        bridge(torch.tensor(ids))
+        raw = model.model.embed_tokens(torch.tensor(ids))
+        assert close(seen.acts[0, 1:], sae.encode(raw)[0, 1:])
 
 
 def test_finding_out_leaves_no_trace(any_folder):
