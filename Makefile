@@ -43,8 +43,8 @@ test: .venv/ready           ## lint, unit tests, every notebook at profile smoke
 test-resume: .venv/ready    ## kill a training twenty times and compare its end
 	TSAE_KILLS=20 $(PY) -m pytest -q -s tests/test_resume.py -k killed
 
-test-saelens: .venv-peers/ready  ## round trips of files with the real sae_lens
-	PYTHONPATH=. $(PEERS) -m pytest -q tests/saelens_round_trips.py
+test-saelens: .venv-peers/ready  ## the real sae_lens, and attach on TransformerLens 3
+	PYTHONPATH=. $(PEERS) -m pytest -q tests/saelens_round_trips.py tests/test_attach.py
 
 testbed: .venv/ready        ## train the embedded language model from nothing
 	$(PY) testbed/train.py

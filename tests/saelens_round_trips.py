@@ -12,6 +12,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -398,6 +399,24 @@ def test_text_that_is_generated_reaches_the_table(tmp_path):
         options = {"max_new_tokens": 2, "do_sample": False, "verbose": False}
         with pytest.raises(ValueError, match=r"tokens have shape \[2, 1\], expected \[2, 11\]"):
             model.generate(some_ids(), use_past_kv_cache=False, stop_at_eos=False, **options)
+
+
+def test_the_block_of_the_documents_runs(tmp_path, monkeypatch):
+    """docs/interop.md on SAELens, with a model, an SAE, ids and activations at hand."""
+    model, sae, _ = model_and_saes(tmp_path / "my_tsae", "topk")
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs/interop.md").read_text(), re.S)
+    (block,) = [block for block in blocks if "from sae_lens" in block]
+    names = {
+        "model": model,
+        "ids": some_ids(),
+        "x": activations(),
+        "tokens": torch.arange(200) % 50,
+    }
+    with torch.no_grad():
+        exec(block, names)
+        assert torch.allclose(names["x_hat"], sae(names["x"], names["tokens"]).x_hat, atol=1e-4)
+    assert equal(tu.load("copy"), tu.load("my_tsae"))
 
 
 def test_runs_without_tokens_are_refused(tmp_path):

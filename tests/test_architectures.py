@@ -9,7 +9,7 @@ from transformer_lens.model_bridge import TransformerBridge
 from transformers import OPTConfig, OPTForCausalLM
 
 import tsae_utils as tu
-from conftest import VOCAB, save_model, word_tokenizer
+from conftest import MODELS, VOCAB, save_model, word_tokenizer
 from tools.scan_architectures import (
     difference_from_hidden_states,
     hooks_of,
@@ -133,6 +133,23 @@ def test_norms_after_the_sum_see_the_mean():
     assert before.centred
     assert not after.centred
     assert tu.check_replacement(after) < 1e-5
+
+
+@pytest.mark.parametrize("largest", [300.0, 3000.0, 30_000.0])
+@pytest.mark.parametrize("divisor", [1, 5, 50])
+def test_large_activations_do_not_hide_that_the_mean_is_ignored(largest, divisor):
+    """GPT-2 small has 3,000 in a stream that starts at 0.1."""
+    torch.manual_seed(0)
+    model = MODELS["gpt2"]()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(5 if parameter.ndim > 1 else 1)
+        model.transformer.h[0].mlp.c_proj.bias[5] = largest
+        model.transformer.wte.weight.div_(divisor)
+        model.transformer.wpe.weight.div_(divisor)
+    lm = tu.LanguageModel(model, word_tokenizer(bos_token="<s>"), "large", bf16=False)
+    assert lm.centred
+    assert tu.check_replacement(lm) < 1e-4
 
 
 def test_the_width_is_that_of_the_stream():

@@ -190,9 +190,9 @@ def record_results(block: Block, run: Callable[[], Any], shape: torch.Size) -> d
     return {site: tensors[0] for site, tensors in results.items() if len(tensors) == 1}
 
 
-def differ(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors differ by more than rounding."""
-    return bool((a - b).abs().max() > TOLERANCE * b.abs().max())
+def differ(a: Tensor, b: Tensor, rounding: float = 0.0) -> bool:
+    """Whether two tensors differ by more than rounding, NaN included."""
+    return not (a - b).abs().max() <= TOLERANCE * b.abs().max() + rounding
 
 
 def find_sublayers(block: Block, run: Callable[[], Any]) -> Sublayers | None:

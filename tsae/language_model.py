@@ -264,7 +264,11 @@ class LanguageModel:
         clean = moved_logits(starts.append)
         moved = moved_logits(add)
         shift = add(starts[0]) - starts[0]
-        return not (differ(moved, clean) or differ(ends[1] - ends[0], shift.expand_as(ends[0])))
+        # Some streams grow large behind the first block, and their sums are rounded accordingly.
+        rounding = 16 * torch.finfo(ends[0].dtype).eps * ends[0].abs().max().item()
+        arrived = ends[1] - ends[0]
+        is_carried = not differ(arrived, shift.expand_as(arrived), rounding)
+        return is_carried and not differ(moved, clean)
 
     def _passes_only_the_stream(self) -> bool:
         """Whether the stream is all that the blocks hand on, so that some need not run."""
