@@ -4,12 +4,12 @@
     rows = token_rows(read_documents("text.jsonl"), lm, 256)   # text
     hook = "blocks.4.hook_resid_pre"
     stream = ActivationStream(lm, rows, hook)                  # activations
-    table = TokenLookup(0.5 * unigram_activations(lm, hook))   # 2  lookup table
+    table = TokenLookup(0.5 * table_start(lm, hook, rows=rows)) # lookup table
     cfg = TSAEConfig(d_in=lm.d_model, d_sae=4096, k=16, encoder_scale=0.5)
-    sae = TSAE(cfg, table)                                     # 3  the SAE
-    train({"tsae": sae}, stream, TrainConfig())                # 4  training
-    print(Evaluator(lm, heldout_rows, hook)(sae))              # 5  metrics
-    save(sae, "my_tsae"); load("my_tsae")                      # 6  files
+    sae = TSAE(cfg, table)                                     # 2  the SAE
+    train({"tsae": sae}, stream, TrainConfig())                # 3  training
+    print(Evaluator(lm, heldout_rows, hook)(sae))              # 4  metrics
+    save(sae, "my_tsae"); load("my_tsae")                      # 5  files
 
 Paper: "Tokenized SAEs: Disentangling SAE Reconstructions", Dooms and Wilhelm, arXiv 2502.17332.
 Axes: R rows, L sequence, B batch (tokens), D d_in, F d_sae, V vocabulary, K active, N n-gram order.
@@ -31,13 +31,14 @@ from torch.nn import functional as F
 from tsae import distributed
 from tsae.documents import read_documents
 from tsae.hub import download, push_to_hub
-from tsae.inputs import current_tokens, flat_pair, plain_sae, require_possible, require_width
+from tsae.inputs import flat_pair, plain_sae, require_possible
 from tsae.kernels import SparsePass, dense_pass, keep_freed_memory, top_k
 from tsae.language_model import LanguageModel, check_replacement, hub_name, load_lm, parse_hook
 from tsae.metrics import HeldoutText, check_fit, fit, reconstruction_error, squared_error
 from tsae.run import Run, dead_features_error, start_biases_
 from tsae.saelens import FILES, read_cfg, read_folder, refuse_other_files, save
-from tsae.stream import ActivationStream, unigram_activations
+from tsae.stream import ActivationStream
+from tsae.tables import TokenLookup, add_lookup, table_start, unigram_activations
 from tsae.text import keep_mask, last_tokens, token_rows
 
 # ---------- 1  Configuration ----------------------------------------------------------------------
@@ -54,12 +55,15 @@ class TSAEConfig:
     activation: str = "topk"
     k: int = 16  # active features per token (topk), on average over a batch (batchtopk)
     l1_coefficient: float = 0.0  # weight of sum_f a_f ||W_dec[f]|| in the loss (relu, gated)
+    subtract_lookup: bool = False  # the encoder sees x - row; the paper's form, which sees x: False
     encoder_scale: float = 1.0  # W_enc starts as this times W_dec^T; authors: 1, with a table 0.5
     decoder_init_norm: float = 1.0  # rows of W_dec start at this norm; authors: 1, SAELens: 0.1
     seed: int = 0  # of the initialisation
     model_name: str = ""
     hook_name: str = ""
     context_size: int = 0  # tokens per row, BOS included
+    max_norm: float = 0.0  # longer activations were left out of training; 0: none were
+    max_norm_ratio: float = 0.0  # max_norm as a multiple of their median norm
 
     def __post_init__(self) -> None:
         require_possible(self, ACTIVATIONS)
@@ -79,6 +83,7 @@ class TrainConfig:
     aux_k: int = 0  # AuxK: dead features that model the error (Gao et al. 2024); the authors: none
     aux_coefficient: float = 1 / 32  # AuxK: weight of its squared error (Gao et al.)
     aux_window: int = 100_000  # AuxK: a feature is dead after this many tokens of silence
+    keep_biases: bool = False  # b_dec starts as it is, for an SAE that is trained further
     dead_window: int = 500_000  # in the log: a feature is dead after this many tokens of silence
 
     def __post_init__(self) -> None:
@@ -86,39 +91,7 @@ class TrainConfig:
             raise ValueError(f"tokens must be positive, learning rates not negative, not {self}")
 
 
-# ---------- 2  Lookup table -----------------------------------------------------------------------
-
-
-class TokenLookup(nn.Module):
-    """W_lookup [V, D]: row t is added to the reconstruction of activations on token t (eq. 2).
-
-    The encoder neither sees nor subtracts it. Trained by default, at its own learning rate.
-    """
-
-    def __init__(self, W: Tensor, trainable: bool = True) -> None:
-        super().__init__()
-        if W.ndim != 2:
-            raise ValueError(f"a lookup table has shape [V, d_in], not {list(W.shape)}")
-        self.W = nn.Parameter(W.detach().float().clone(), requires_grad=trainable)
-        self.by_rows = False  # sparse gradients, for the rows that were used; `train` sets it
-
-    def check_vocabulary(self, n_vocab: int) -> None:
-        """Raise ValueError unless the table has a row for each of `n_vocab` tokens."""
-        if len(self.W) != n_vocab:
-            raise ValueError(
-                f"the lookup table has {len(self.W)} rows, the model {n_vocab} tokens: "
-                "it belongs to another vocabulary"
-            )
-
-    def forward(self, tokens: Tensor | None) -> Tensor:
-        """Rows [B, D] of tokens [B], or of the last ones of [B, N].
-
-        Raises ValueError for another shape and for a token without a row.
-        """
-        return F.embedding(current_tokens(tokens, len(self.W)), self.W, sparse=self.by_rows)
-
-
-# ---------- 3  The SAE ----------------------------------------------------------------------------
+# ---------- 2  The SAE ----------------------------------------------------------------------------
 
 
 class TSAEOutput(NamedTuple):
@@ -137,6 +110,9 @@ class TSAE(nn.Module):
         f(a_t)  = act(W_enc (a_t - b_dec) + b_enc)
         a_hat_t = W_dec f(a_t) + b_dec + W_lookup[t]
 
+    With `subtract_lookup`, which is not in the paper, f sees a_t - W_lookup[t]. Gradients reach the
+    row through the sum alone, as if f saw a constant.
+
     act: `topk` keeps the k largest, then ReLU; `batchtopk` the B k largest of a batch in training
     mode, else what exceeds a running threshold; `relu`; `gated` relu(exp(r_mag) p + b_mag) where
     p + b_gate > 0, p = W_enc (a_t - b_dec); `jumprelu` what exceeds each feature's threshold.
@@ -153,6 +129,8 @@ class TSAE(nn.Module):
             raise ValueError(
                 f"the lookup table's rows have {width} entries, the SAE's d_in is {cfg.d_in}"
             )
+        if cfg.subtract_lookup and lookup is None:
+            raise ValueError("subtract_lookup needs a table: give a TokenLookup")
         self.cfg, self.lookup = cfg, lookup
         generator = torch.Generator().manual_seed(cfg.seed)
         W_dec = F.normalize(torch.randn(cfg.d_sae, cfg.d_in, generator=generator), dim=-1)
@@ -178,13 +156,17 @@ class TSAE(nn.Module):
         """[d_sae]: b_enc, or b_gate for gated."""
         return self.b_gate if self.cfg.activation == "gated" else self.b_enc
 
-    def pre_activations(self, x_BD: Tensor) -> Tensor:
-        """W_enc (x - b_dec) + b_enc for every feature [B, F]; for gated with b_gate.
+    def encoder_input(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """x, or with `subtract_lookup` x minus the tokens' rows; shapes as `forward`."""
+        x_BD, tokens_BN = flat_pair(x, tokens, self.cfg.d_in)
+        if not self.cfg.subtract_lookup:
+            return x
+        return (x_BD - self.table_rows(tokens_BN).detach()).view(x.shape)
 
-        As `activate` and `encode`, it takes [R, L, D] too. Raises ValueError for another width.
-        """
-        require_width(x_BD, self.cfg.d_in)
-        return F.linear(x_BD - self.b_dec, self.W_enc_FD, self.encoder_bias)
+    def pre_activations(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """W_enc (x - b_dec) + b_enc for every feature [..., F]; for gated with b_gate."""
+        seen = self.encoder_input(x, tokens)
+        return F.linear(seen - self.b_dec, self.W_enc_FD, self.encoder_bias)
 
     def activate(self, pre_BF: Tensor) -> Tensor:
         """Feature activations [B, F] from pre-activations, as outside training."""
@@ -201,9 +183,9 @@ class TSAE(nn.Module):
                 return magnitude.relu().masked_fill(pre_BF <= 0, 0.0)
         return pre_BF.relu() * (pre_BF > self.threshold)
 
-    def encode(self, x_BD: Tensor) -> Tensor:
-        """Feature activations [B, F], dense."""
-        return self.activate(self.pre_activations(x_BD))
+    def encode(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Feature activations [..., F], dense. Tokens are needed with `subtract_lookup` only."""
+        return self.activate(self.pre_activations(x, tokens))
 
     def table_rows(self, tokens_BN: Tensor | None) -> Tensor | float:
         """The tokens' rows of the table [B, D]; 0 without a table."""
@@ -222,7 +204,12 @@ class TSAE(nn.Module):
         tokens [R, L]. Raises ValueError for other shapes and tokens without a row.
         """
         x_BD, tokens_BN = flat_pair(x, tokens, self.cfg.d_in)
-        out = self._forward(x_BD, self.table_rows(tokens_BN))
+        row_BD = self.table_rows(tokens_BN)
+        if self.cfg.subtract_lookup:
+            out = self._forward(x_BD - row_BD.detach(), 0.0)
+            out = out._replace(x_hat=out.x_hat + row_BD)
+        else:
+            out = self._forward(x_BD, row_BD)
         return out._replace(x_hat=out.x_hat.view(x.shape), l0=out.l0.view(x.shape[:-1]))
 
     def _forward(self, x_BD: Tensor, row_BD: Tensor | float) -> TSAEOutput:
@@ -248,7 +235,7 @@ class TSAE(nn.Module):
             moved = torch.lerp(self.threshold, lowest, self.threshold_rate)
             self.threshold.copy_(torch.where(self.threshold > 0, moved, lowest))
         zero = x_BD.new_zeros(())
-        x_hat = x_hat if self.lookup is None else x_hat + row_BD
+        x_hat = x_hat + row_BD if isinstance(row_BD, Tensor) else x_hat
         return TSAEOutput(x_hat, l0, count > 0, zero, zero)
 
     def _dense(self, x_BD: Tensor, row_BD: Tensor | float) -> TSAEOutput:
@@ -262,7 +249,7 @@ class TSAE(nn.Module):
         if self.training and self.cfg.activation in ("relu", "gated"):
             sparsity = gate[:, -1].mean()
         if is_gated:
-            frozen_row = row_BD if self.lookup is None else row_BD.detach()
+            frozen_row = row_BD.detach() if isinstance(row_BD, Tensor) else row_BD
             gate_x_hat = gate[:, :-1] + self.b_dec.detach() + frozen_row
             auxiliary = squared_error(x_BD, gate_x_hat)
         return TSAEOutput(x_hat, l0, fired, sparsity, auxiliary)
@@ -284,7 +271,7 @@ class TSAE(nn.Module):
         return is_dead.float().mean().item() if self.cfg.d_sae else 0.0
 
 
-# ---------- 4  Training ---------------------------------------------------------------------------
+# ---------- 3  Training ---------------------------------------------------------------------------
 
 
 def optimizers_for(sae: TSAE, cfg: TrainConfig) -> list[torch.optim.Optimizer]:
@@ -340,7 +327,7 @@ def train(
         for step, (x, tokens) in run.batches():
             for name, sae in saes.items():
                 with run.timed(name):
-                    if step == 0:
+                    if step == 0 and not cfgs[name].keep_biases:
                         start_biases_(sae, cfgs[name], x, tokens)
                     sae.threshold_rate = max(0.01, 10 / (step + 10))  # a short run must not lag
                     done = step / run.steps
@@ -368,7 +355,7 @@ def train_step_(
     out = sae(x, tokens)
     loss = sae.loss(x, out, min(1.0, done / cfg.l1_warmup if cfg.l1_warmup else 1.0))
     if cfg.aux_k:
-        error = dead_features_error(sae, x, out.x_hat, cfg.aux_k, cfg.aux_window)
+        error = dead_features_error(sae, x, tokens, out.x_hat, cfg.aux_k, cfg.aux_window)
         loss = loss + cfg.aux_coefficient * error
     loss.backward()
     for optimizer in optimizers:
@@ -383,7 +370,7 @@ def train_step_(
     return loss.detach(), out
 
 
-# ---------- 5  Metrics ---------------------------------------------------------------------------
+# ---------- 4  Metrics ---------------------------------------------------------------------------
 
 
 class Evaluator(HeldoutText):
@@ -395,8 +382,10 @@ class Evaluator(HeldoutText):
     ce_added = (ce_patched - ce_clean) / ce_clean (eq. 3).
     ce_recovered = 1 - (ce_patched - ce_clean) / (ce_zero - ce_clean), ce_zero with zeros in place.
 
-    Position 0, separators and the prediction made at BOS are left out, and BOS is never patched;
-    `include_bos` includes them as the paper did. An SAE of any type and device is measured in fp32
+    Position 0, separators and the prediction made at BOS are left out, and BOS is never patched; so
+    are positions with massive activations (`massive_share` of the others), longer than `max_norm`,
+    which is ten times the rows' median norm unless given. `include_bos` includes them all, as the
+    paper did. An SAE of any type and device is measured in fp32
     on the model's device, and left as it was.
     """
 
@@ -417,10 +406,11 @@ class Evaluator(HeldoutText):
             "ce_patched": ce_patched,
             "ce_added": added / self.ce_clean,
             "ce_recovered": 1 - added / (self.ce_zero - self.ce_clean),
+            "massive_share": self.massive_share,
         }
 
 
-# ---------- 6  Files -----------------------------------------------------------------------------
+# ---------- 5  Files -----------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -301,12 +301,12 @@ def test_dead_features_model_the_error():
     dead, alive = [1, 4, 6], [0, 2, 3, 5, 7]
     sae, x = random_sae(d_in=4, d_sae=8, k=2), torch.randn(5, 4)
     x_hat = sae(x, torch.zeros(5, 1, dtype=torch.long)).x_hat
-    assert dead_features_error(sae, x, x_hat, 2, 100) == 0, "nothing is dead"
+    assert dead_features_error(sae, x, None, x_hat, 2, 100) == 0, "nothing is dead"
     sae.tokens_since_fired[dead] = 100
     values, index = sae.pre_activations(x)[:, dead].topk(2)
     rows = sae.W_dec[dead][index]  # [B, 2, D]
     modelled = (values.relu()[..., None] * rows).sum(1)
-    error = dead_features_error(sae, x, x_hat, 2, 100)
+    error = dead_features_error(sae, x, None, x_hat, 2, 100)
     assert torch.allclose(error, (x - x_hat - modelled).square().sum(-1).mean())
     error.backward()
     assert sae.b_dec.grad is None

@@ -87,7 +87,7 @@ def test_rows_of_text_train_as_their_activations_do(activation):
         loss = sae.loss(x_given, out)
         if activation == "topk":
             sae.tokens_since_fired[::2] = 100
-            loss = loss + dead_features_error(sae, x_given, out.x_hat, 2, 50)
+            loss = loss + dead_features_error(sae, x_given, tokens_given, out.x_hat, 2, 50)
         loss.backward()
         silent = sae.tokens_since_fired + 12
         sae.count_firing_(out)

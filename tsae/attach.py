@@ -384,7 +384,8 @@ def reconstruct(
     weight = next(sae.parameters(), x_BD) if isinstance(sae, nn.Module) else x_BD
     x, tokens = x_BD.to(weight), tokens_BN.to(weight.device)
     with torch.autocast(x_BD.device.type, enabled=False):
-        before = sae.encode(x)
+        subtracts = getattr(sae.cfg, "subtract_lookup", False)
+        before = sae.encode(x, tokens) if subtracts else sae.encode(x)
         acts = before if edit is None else edit(before)
         x_hat = sae.decode(acts, tokens)
         if error_term:
@@ -423,7 +424,8 @@ def attach(
     generation all work. `edit` changes features before they are decoded. With `error_term` the
     SAE's error is added back, so that the edit is all that changes. Gradients flow through.
 
-    As in training, padding, the first token of a text and special tokens are left alone. Where
+    As in training, padding, the first token of a text, special tokens and massive activations
+    (longer than cfg.max_norm, where it is not 0) are left alone. Where
     nothing in the model sees the mean of the residual stream over its width, as with LayerNorm,
     the stream and what is added to it are centred, and their mean is put back.
 
@@ -434,6 +436,7 @@ def attach(
     require_fit(model, sae, hook_name)
     place, seen = place_of(model, hook_name), Seen()
     centred = place is not None and remembered(model, "centred", lambda: ignores_the_mean(model))
+    max_norm = getattr(sae.cfg, "max_norm", 0.0)
 
     def replace(raw: Tensor, hook: Any) -> Tensor:
         if now.tokens is None:
@@ -445,6 +448,9 @@ def attach(
         keep = patched_positions(now, model.tokenizer).to(raw.device)
         seen.tokens = now.tokens.to(raw.device)
         flat = raw.flatten(2)
+        x = flat.detach().float()
+        if max_norm:
+            keep &= (x - x.mean(-1, keepdim=True) * centred).norm(dim=-1) <= max_norm
         x_BD, tokens_BN = flat[keep].float(), seen.tokens[keep].unsqueeze(-1)
         mean = x_BD.mean(-1, keepdim=True) if centred else 0.0
         x_hat, acts = reconstruct(sae, x_BD - mean, tokens_BN, edit, error_term)

@@ -6,6 +6,7 @@ Axes: R rows, L sequence, B positions that count, D d_in.
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +15,7 @@ from torch.nn import functional as F
 
 from tsae.inputs import plain_sae
 from tsae.language_model import LanguageModel, check_replacement, real_tokens
-from tsae.stream import require_finite
+from tsae.stream import norm_limit, require_finite, warn_of_massive
 from tsae.text import keep_mask
 
 CHECKED_ROWS, CHECKED_TOKENS = 2, 32  # on which activations are put back as they are
@@ -66,11 +67,23 @@ class HeldoutText:
         hook_name: str,
         include_bos: bool = False,
         batch_rows: int = 16,
+        max_norm: float | None = None,
     ) -> None:
         lm.require_rows(rows_RL)
         self.lm, self.rows, self.hook_name = lm, rows_RL.long(), hook_name
         lm.require_hook(hook_name)
-        self.keep = keep_mask(self.rows, lm, include_bos)
+        self.batches = list(torch.arange(len(self.rows)).split(batch_rows))
+        x = [
+            lm.activations(self.rows[batch], [hook_name], bf16=False)[hook_name]
+            for batch in self.batches
+        ]
+        self.x = require_finite(torch.cat(x), hook_name)  # [R, L, D]
+        keep = keep_mask(self.rows, lm, include_bos)
+        self.max_norm = math.inf if include_bos else max_norm
+        massive = self._massive(keep)
+        self.massive_share = (massive.sum() / keep.sum().clamp(min=1)).item()
+        warn_of_massive(self.massive_share, hook_name)
+        self.keep = keep & ~massive
         real = real_tokens(self.rows, lm.pad_id, lm.bos_id, lm.separator_id)
         is_text = real & (self.rows != lm.separator_id) & (self.rows != lm.bos_id)
         # Predictions that count: made at a position that counts, of a token that is text.
@@ -80,15 +93,16 @@ class HeldoutText:
                 f"nothing can be measured on {len(rows_RL)} rows of {rows_RL.shape[-1]} tokens: "
                 "expected a row with two tokens of text after BOS, separators and padding left out"
             )
-        self.batches = list(torch.arange(len(self.rows)).split(batch_rows))
-        x = [
-            lm.activations(self.rows[batch], [hook_name], bf16=False)[hook_name]
-            for batch in self.batches
-        ]
-        self.x = require_finite(torch.cat(x), hook_name)  # [R, L, D]
         check_replacement(lm, [hook_name], self.rows[:CHECKED_ROWS, :CHECKED_TOKENS])
         self.ce_clean = self.cross_entropy()
         self.ce_zero = self.patched_cross_entropy(torch.zeros(()))
+
+    def _massive(self, keep: Tensor) -> Tensor:
+        """Positions [R, L] with massive activations among those that would count."""
+        norms = self.x.norm(dim=-1).cpu()
+        if self.max_norm is None:
+            self.max_norm = norm_limit(norms[keep]) if keep.any() else math.inf
+        return keep & (norms > self.max_norm)
 
     @property
     def keep_here(self) -> Tensor:
@@ -154,11 +168,14 @@ def check_fit(sae: Any, lm: LanguageModel, rows_RL: Tensor, max_fvu: float = 0.5
     for ids in rows_RL.long().split(8):
         keep = keep_mask(ids, lm).to(lm.device)
         x.append(lm.activations(ids, [hook], bf16=False)[hook][keep])
-    measured = fit(sae, lm, x[0])
-    tokens = rows_RL[keep_mask(rows_RL, lm)].to(lm.device).split([len(part) for part in x])
+    x_BD, tokens = torch.cat(x), rows_RL[keep_mask(rows_RL, lm)].to(lm.device)
+    norms, measured = x_BD.norm(dim=-1), fit(sae, lm, x_BD)
+    is_kept = norms <= norm_limit(norms)  # massive activations would drown all others
+    x_BD, tokens = x_BD[is_kept], tokens[is_kept]
     with torch.no_grad():
-        x_hat = [measured(*pair).x_hat for pair in zip(x, tokens, strict=True)]
-    fvu = reconstruction_error(torch.cat(x), torch.cat(x_hat)).fvu
+        pairs = zip(x_BD.split(4096), tokens.split(4096), strict=True)
+        x_hat = [measured(*pair).x_hat for pair in pairs]
+    fvu = reconstruction_error(x_BD, torch.cat(x_hat)).fvu
     if not fvu <= max_fvu:
         raise ValueError(
             f"FVU {fvu:.2f} at {hook} of {lm.name} is above {max_fvu}: the SAE was "

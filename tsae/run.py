@@ -9,7 +9,7 @@ import math
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ STREAM_SETTINGS = (
     "order",
     "include_bos",
     "hook_name",
+    "max_norm",
 )
 
 
@@ -62,6 +63,13 @@ def require_trainable(saes: Mapping[str, Any], cfgs: Mapping[str, Any], stream: 
                 )
 
 
+def note_max_norm_(sae: Any, stream: Any) -> None:
+    """Keep in the SAE's configuration which activations the stream leaves out."""
+    limit, ratio = (getattr(stream, name, math.inf) for name in ("max_norm", "max_norm_ratio"))
+    if limit < math.inf:
+        sae.cfg = replace(sae.cfg, max_norm=limit, max_norm_ratio=ratio)
+
+
 @torch.no_grad()
 def start_biases_(sae: Any, cfg: Any, x: Tensor, tokens: Tensor) -> None:
     """Set the biases on the first batch.
@@ -77,11 +85,12 @@ def start_biases_(sae: Any, cfg: Any, x: Tensor, tokens: Tensor) -> None:
     activation = sae.cfg.activation
     if not cfg.start_l0 or activation not in ("relu", "gated"):
         return
+    seen = sae.encoder_input(x, tokens)
     share = min(1.0, cfg.start_l0 / sae.cfg.d_sae)
     firings = max(1, round(len(x) * share))
     thresholds = []
     for features in torch.arange(sae.cfg.d_sae, device=x.device).split(2048):
-        pre = F.linear(x - sae.b_dec, sae.W_enc_FD[features])
+        pre = F.linear(seen - sae.b_dec, sae.W_enc_FD[features])
         thresholds.append(pre.topk(firings, dim=0).values[-1])
     lowest = torch.cat(thresholds)
     distributed.average_(lowest)
@@ -89,7 +98,9 @@ def start_biases_(sae: Any, cfg: Any, x: Tensor, tokens: Tensor) -> None:
         bias.copy_(-lowest)
 
 
-def dead_features_error(sae: Any, x: Tensor, x_hat: Tensor, k: int, window: int) -> Tensor:
+def dead_features_error(
+    sae: Any, x: Tensor, tokens: Tensor, x_hat: Tensor, k: int, window: int
+) -> Tensor:
     """AuxK: squared error of modelling x - x_hat by each token's k strongest dead features.
 
     Dead are those silent for `window` tokens (Gao et al. 2024; the paper's authors have none).
@@ -97,12 +108,12 @@ def dead_features_error(sae: Any, x: Tensor, x_hat: Tensor, k: int, window: int)
     dead = (sae.tokens_since_fired >= window).nonzero().squeeze(-1)
     if len(dead) == 0:
         return x.new_zeros(())
-    x_BD, x_hat_BD = x.flatten(0, -2), x_hat.flatten(0, -2)
-    pre = F.linear(x_BD - sae.b_dec.detach(), sae.W_enc_FD[dead], sae.b_enc[dead])
+    seen_BD = sae.encoder_input(x, tokens).flatten(0, -2)
+    pre = F.linear(seen_BD - sae.b_dec.detach(), sae.W_enc_FD[dead], sae.b_enc[dead])
     values, index = pre.topk(min(k, len(dead)), dim=-1, sorted=False)
     rows, weights = sae.W_dec[dead], values.relu()
     modelled = F.embedding_bag(index, rows, mode="sum", per_sample_weights=weights)
-    return squared_error(x_BD - x_hat_BD.detach(), modelled)
+    return squared_error((x - x_hat.detach()).flatten(0, -2), modelled)
 
 
 @torch.no_grad()
@@ -205,6 +216,8 @@ class Run:
     ) -> None:
         require_trainable(saes, cfgs, stream)
         self.saes, self.cfgs, self.stream = saes, cfgs, stream
+        for sae in saes.values():
+            note_max_norm_(sae, stream)
         self.optimizers = optimizers
         self.log_every = log_every
         self.checkpoint = None if checkpoint is None else Path(checkpoint).expanduser()

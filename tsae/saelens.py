@@ -40,15 +40,21 @@ ARCHITECTURES = {  # our activation: SAELens's architecture
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 PARTIAL = ".partial-"  # begins the name of a folder of unfinished files, inside the SAE's own
 TOKENIZED = "tokenized_"  # before the architecture of an SAE with a table
+SUBTRACTED = "subtracted_"  # instead, where the encoder sees x minus the table's row
 ACTIVATIONS = {theirs: ours for ours, theirs in ARCHITECTURES.items()}
 LAYOUT_VERSION = "6.54.12"  # files without a version are read as older than 6
 EXPECTED = "expected a folder written by tsae_utils.save or in SAELens layout"
 
 
+def plain_architecture(name: Any) -> str:
+    """SAELens's own architecture below one with a table."""
+    return str(name).removeprefix(TOKENIZED).removeprefix(SUBTRACTED)
+
+
 def weight_names(architecture: str) -> tuple[str, ...]:
     """Tensors in the weight file of an architecture, with or without a table."""
     extra = {"gated": ("b_gate", "b_mag", "r_mag"), "jumprelu": ("b_enc", "threshold")}
-    plain = architecture.removeprefix(TOKENIZED)
+    plain = plain_architecture(architecture)
     return "W_enc", "W_dec", "b_dec", *extra.get(plain, ("b_enc",))
 
 
@@ -57,7 +63,7 @@ def has_table(layout: Mapping, default: bool) -> bool:
 
     Folders with a plain architecture may tell of one in their metadata.
     """
-    if str(layout.get("architecture")).startswith(TOKENIZED):
+    if str(layout.get("architecture")).startswith((TOKENIZED, SUBTRACTED)):
         return True
     metadata = layout.get("metadata")
     tokenized = metadata.get("tokenized") if isinstance(metadata, dict) else None
@@ -83,8 +89,9 @@ def refuse_other_files(folder: str | Path) -> Path:
 
 def config_to_write(config: Mapping, has_lookup: bool, metadata: Mapping, dtype: str) -> dict:
     """cfg.json of an SAE whose TSAEConfig has these fields."""
+    form = SUBTRACTED if config["subtract_lookup"] else TOKENIZED * has_lookup
     layout = {
-        "architecture": TOKENIZED * has_lookup + ARCHITECTURES[config["activation"]],
+        "architecture": form + ARCHITECTURES[config["activation"]],
         "d_in": config["d_in"],
         "d_sae": config["d_sae"],
         "dtype": dtype,
@@ -194,7 +201,7 @@ def read_cfg(folder: str | Path) -> dict:
         raise ValueError(f"{path} is not the cfg.json of an SAE: expected the SAELens layout")
     layout = modern_keys(layout)
     required = ["architecture", "d_in", "d_sae"]
-    if layout.get("architecture") in ("topk", f"{TOKENIZED}topk"):
+    if plain_architecture(layout.get("architecture")) == "topk":
         required.append("k")
     if missing := [key for key in required if key not in layout]:
         raise ValueError(f"{path} lacks {', '.join(missing)}: expected the SAELens layout")
@@ -300,19 +307,23 @@ def our_config(path: Path, layout: Mapping) -> dict:
         "encoder_scale": (int, float),
         "decoder_init_norm": (int, float),
         "seed": (int,),
+        "max_norm": (int, float),
+        "max_norm_ratio": (int, float),
     }
     known = {
         key: value
         for key, value in {**metadata, **saved}.items()
         if type(value) in types.get(key, ())
     }
-    activation, k = ACTIVATIONS[layout["architecture"].removeprefix(TOKENIZED)], layout.get("k", 0)
+    activation, k = ACTIVATIONS[plain_architecture(layout["architecture"])], layout.get("k", 0)
     if activation == "jumprelu" and saved.get("activation") == "batchtopk":
         activation, k = "batchtopk", saved.get("k")
         if type(k) is not int:
             raise ValueError(f"{path}: k = {k!r} of a batchtopk SAE should be a whole number")
     sizes = {"d_in": layout["d_in"], "d_sae": layout["d_sae"]}
-    return {**sizes, "activation": activation, "k": k, **known}
+    subtracts = layout["architecture"].startswith(SUBTRACTED)
+    form = {"activation": activation, "k": k, "subtract_lookup": subtracts}
+    return {**sizes, **form, **known}
 
 
 def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tensor | None]:
@@ -321,10 +332,10 @@ def read_folder(folder: str | Path) -> tuple[dict, dict[str, Tensor], Tensor | N
     Raises FileNotFoundError or ValueError with what is wrong.
     """
     folder, layout = Path(folder).expanduser(), read_cfg(folder)
-    if str(layout["architecture"]).removeprefix(TOKENIZED) not in ACTIVATIONS:
+    if plain_architecture(layout["architecture"]) not in ACTIVATIONS:
         raise ValueError(
             f"{folder}/{CONFIG}: architecture {layout['architecture']!r} is not one of "
-            f"{', '.join(ACTIVATIONS)}, with or without {TOKENIZED!r} before it"
+            f"{', '.join(ACTIVATIONS)}, alone or with {TOKENIZED!r} or {SUBTRACTED!r} before it"
         )
     config = our_config(folder / CONFIG, layout)
     d_in, d_sae = config["d_in"], config["d_sae"]

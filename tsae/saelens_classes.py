@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,14 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from tsae.saelens import ARCHITECTURES, LOOKUP, TOKENIZED, has_table, read_tensors
+from tsae.saelens import (
+    ARCHITECTURES,
+    LOOKUP,
+    SUBTRACTED,
+    TOKENIZED,
+    has_table,
+    read_tensors,
+)
 
 
 class WithTable:
@@ -62,21 +70,21 @@ class WithTable:
         save_file({"W_lookup": self.W_lookup.detach().contiguous()}, Path(path) / LOOKUP)
         return written
 
-    def decode(self, feature_acts: Tensor, tokens: Tensor | None = None) -> Tensor:
-        """Reconstruction [..., D] of feature activations [..., F] on tokens [...].
+    def rows(self, shape: torch.Size, tokens: Tensor | None) -> Tensor:
+        """The tokens' rows of the table [..., D] for activations of this shape without the last.
 
         Raises ValueError without tokens, for another shape and for a token without a row.
         """
         tokens = self.tokens if tokens is None else tokens
         if tokens is None:
             raise ValueError(
-                "this SAE has a table and needs the tokens: call decode(feature_acts, tokens), "
+                "this SAE has a table and needs the tokens: call encode and decode with tokens, "
                 "or run the model inside `with tokens_from(model, sae)`"
             )
-        if tokens.shape != feature_acts.shape[:-1]:
+        if tokens.shape != shape:
             raise ValueError(
-                f"tokens have shape {list(tokens.shape)}, expected "
-                f"{list(feature_acts.shape[:-1])}: one for each row of feature activations"
+                f"tokens have shape {list(tokens.shape)}, expected {list(shape)}: one for each row "
+                "of activations"
             )
         n_rows = len(self.W_lookup)
         if len(wrong := tokens[(tokens < 0) | (tokens >= n_rows)]):
@@ -84,8 +92,20 @@ class WithTable:
                 f"token {int(wrong[0])} has no row in a table of {n_rows} rows: "
                 "it belongs to another vocabulary"
             )
-        row = F.embedding(tokens.to(self.W_lookup.device), self.W_lookup)
+        return F.embedding(tokens.to(self.W_lookup.device), self.W_lookup)
+
+    def decode(self, feature_acts: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Reconstruction [..., D] of feature activations [..., F] on tokens [...]."""
+        row = self.rows(feature_acts.shape[:-1], tokens)
         return super().decode(feature_acts) + self.reshape_fn_out(row, self.d_head)
+
+
+class WithSubtractedTable(WithTable):
+    """The form whose encoder sees the activation without its token's row."""
+
+    def encode(self, x: Tensor, tokens: Tensor | None = None) -> Tensor:
+        """Feature activations [..., F] of activations [..., D] on tokens [...]."""
+        return super().encode(x - self.rows(x.shape[:-1], tokens))
 
 
 @contextmanager
@@ -123,7 +143,8 @@ def tokens_from(model: Any, *saes: SAE) -> Iterator[None]:
 
 def add_table_(layout: dict, weights: dict[str, Tensor], file: str | Path) -> None:
     """Add a TSAE's W_lookup to its weights; old folders have an architecture without the prefix."""
-    layout["architecture"] = TOKENIZED + layout["architecture"].removeprefix(TOKENIZED)
+    if layout["architecture"] in ARCHITECTURES.values():
+        layout["architecture"] = TOKENIZED + layout["architecture"]
     table = read_tensors(Path(file), {"W_lookup": (None, layout["d_in"])})["W_lookup"]
     weights["W_lookup"] = table.to(layout["device"], str_to_dtype(layout["dtype"]))
 
@@ -155,12 +176,14 @@ def hub_loader(
 
 def register() -> None:
     """Let SAELens know a class with a table beside each of its own that tsae_utils.save names."""
-    for plain in sorted(set(ARCHITECTURES.values())):
+    forms = {TOKENIZED: WithTable, SUBTRACTED: WithSubtractedTable}
+    for plain, prefix in product(sorted(set(ARCHITECTURES.values())), forms):
         sae_class, config_class = get_sae_class(plain)
-        name = TOKENIZED + plain
+        name = prefix + plain
+        title = prefix[:-1].title()
         named = {"architecture": classmethod(lambda cls, name=name: name)}
-        config = type(f"Tokenized{config_class.__name__}", (config_class,), named)
-        sae = type(f"Tokenized{sae_class.__name__}", (WithTable, sae_class), {})
+        config = type(f"{title}{config_class.__name__}", (config_class,), named)
+        sae = type(f"{title}{sae_class.__name__}", (forms[prefix], sae_class), {})
         register_sae_class(name, sae, config)
     loaders.NAMED_PRETRAINED_SAE_LOADERS["sae_lens"] = hub_loader
     load, theirs = SAE.load_from_disk.__func__, loaders.sae_lens_disk_loader

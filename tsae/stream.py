@@ -6,19 +6,53 @@ Axes: R rows, L sequence, B batch (tokens), D d_model, V vocabulary, N n-gram or
 from __future__ import annotations
 
 import hashlib
+import math
 import time
+import warnings
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
 
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from tsae.language_model import LanguageModel
 from tsae.text import keep_mask, last_tokens
 
 ENDLESS = 2**31
+MAX_NORM_RATIO = 10.0  # activations above this multiple of the median norm are massive
+SAMPLE = 16_384  # activations whose median norm is taken
+
+
+def norm_limit(norms: Tensor, ratio: float = MAX_NORM_RATIO) -> float:
+    """`ratio` times the median of the first 16,384 norms."""
+    return ratio * norms[:SAMPLE].float().median().item()
+
+
+def max_norm_of(
+    lm: LanguageModel, rows_RL: Tensor, hook_name: str, ratio: float = MAX_NORM_RATIO
+) -> float:
+    """The limit for rows of text, in their order; infinity where they have no activations."""
+    if ratio == math.inf:
+        return math.inf
+    norms: list[Tensor] = []
+    for ids in rows_RL.split(32):
+        keep = keep_mask(ids, lm).to(lm.device)
+        x = lm.activations(ids, [hook_name])[hook_name][keep]
+        norms.append(require_finite(x, hook_name).norm(dim=-1))
+        if sum(map(len, norms)) >= SAMPLE:
+            break
+    return norm_limit(torch.cat(norms), ratio) if sum(map(len, norms)) else math.inf
+
+
+def warn_of_massive(share: float, hook_name: str) -> None:
+    """Warn where more than a hundredth of the positions are left out."""
+    if share > 0.01:
+        warnings.warn(
+            f"{share:.1%} of the positions at {hook_name} have massive activations and are left "
+            "out: another layer may suit better",
+            stacklevel=3,
+        )
 
 
 class ActivationStream:
@@ -30,6 +64,10 @@ class ActivationStream:
     drained; activations that do not fill a batch are dropped. A place in the stream is therefore
     two numbers, `position`: buffers drained, and batches taken from the next. `batches(position)`
     resumes there by harvesting that buffer again.
+
+    Massive activations, longer than `max_norm` (`max_norm_ratio` times the median norm of the first
+    16,384 in the order of the rows; inf: no limit), are left out: attention sinks of modern models,
+    whose squared error would drown all others. With `include_bos` there is no limit.
 
     tokens_BN holds the last N tokens up to the one the activation sits on (N = 1 in the paper).
     Raises ValueError for a batch larger than the buffer and for an unknown hook.
@@ -46,6 +84,7 @@ class ActivationStream:
         order: int = 1,
         include_bos: bool = False,
         harvest_rows: int = 32,
+        max_norm_ratio: float = MAX_NORM_RATIO,
     ) -> None:
         if batch_size > buffer_tokens:
             raise ValueError(
@@ -63,6 +102,9 @@ class ActivationStream:
         self.tokens = torch.empty(size, order, dtype=torch.int64, device=lm.device)
         self.seconds = 0.0  # spent in the language model
         self.position = (0, 0)  # of the batch that comes next
+        self.max_norm_ratio = math.inf if include_bos else max_norm_ratio
+        self.seen, self.massive = 0, 0  # activations harvested, and left out among them
+        self.max_norm = max_norm_of(lm, rows_RL, hook_name, self.max_norm_ratio)
 
     @cached_property
     def digest(self) -> int:
@@ -87,10 +129,17 @@ class ActivationStream:
             x = self.lm.activations(ids, [self.hook_name])[self.hook_name]
             x = x[keep.to(self.lm.device)]
             tokens = last_tokens(ids, self.order, self.lm.bos_id)[keep]
+            self.seen += len(x)
+            if self.max_norm < math.inf:
+                norms = x.norm(dim=-1)
+                is_kept = ~(norms > self.max_norm) | norms.isinf()  # infinity is an error, below
+                self.massive += len(x) - int(is_kept.sum())
+                x, tokens = x[is_kept], tokens[is_kept.to(tokens.device)]
             self.x[n : n + len(x)] = x
             self.tokens[n : n + len(x)] = tokens.to(self.lm.device)
             n += len(x)
         require_finite(self.x[:n], self.hook_name)
+        warn_of_massive(self.massive / max(1, self.seen), self.hook_name)
         return n
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
@@ -129,15 +178,3 @@ def require_finite(x: Tensor, hook_name: str) -> Tensor:
             "or load it with bf16=False"
         )
     return x
-
-
-def unigram_activations(
-    lm: LanguageModel, hook_name: str, batch: int = 2048, progress: bool = False
-) -> Tensor:
-    """A([BOS, t])_1 for every vocabulary item t [V, D], where the paper's table starts."""
-    parts = []
-    batches = torch.arange(lm.n_vocab).split(batch)
-    for tokens in tqdm(batches, desc="unigram activations", disable=not progress):
-        prompts = torch.stack([torch.full_like(tokens, lm.bos_id), tokens], dim=1)
-        parts.append(lm.activations(prompts, [hook_name])[hook_name][:, 1].cpu())
-    return require_finite(torch.cat(parts), hook_name)
