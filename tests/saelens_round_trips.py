@@ -53,7 +53,7 @@ ROWS: list[dict] = []
 def results():
     """Write the table at the end of a run of all tests."""
     yield
-    if len(ROWS) < 46:  # a run of a few tests (-k)
+    if len(ROWS) < 61:  # a run of a few tests (-k)
         return
     RESULTS.parent.mkdir(parents=True, exist_ok=True)
     with open(RESULTS, "w", newline="") as file:
@@ -107,12 +107,16 @@ def compare_loaded(sae, folder: Path, name: str) -> None:
 KINDS = ["topk", "batchtopk", "relu", "gated", "jumprelu"]
 
 
-def our_sae(activation: str, table: bool = True) -> tu.TSAE:
-    """A TSAE with random weights, or an SAE without a table."""
+FORMS = ["", "with table", "with table subtracted"]
+
+
+def our_sae(activation: str, form: str = "with table") -> tu.TSAE:
+    """A TSAE of either form with random weights, or an SAE without a table."""
     shape = {"d_in": D_IN, "d_sae": D_SAE, "activation": activation, "k": K}
     origin = {"model_name": "gpt2", "hook_name": HOOK, "context_size": 128}
+    origin["subtract_lookup"] = form.endswith("subtracted")
     lookup = torch.randn(50, D_IN, generator=torch.Generator().manual_seed(5))
-    sae = tu.TSAE(tu.TSAEConfig(**shape, **origin), tu.TokenLookup(lookup) if table else None)
+    sae = tu.TSAE(tu.TSAEConfig(**shape, **origin), tu.TokenLookup(lookup) if form else None)
     randomize_(sae)
     if hasattr(sae, "threshold"):
         sae.threshold.fill_(0.2)
@@ -135,27 +139,30 @@ def equal(sae: tu.TSAE, other: tu.TSAE) -> bool:
 # -- a folder of ours in SAELens --
 
 
-@pytest.mark.parametrize("table", [False, True])
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("activation", KINDS)
-def test_ours_loads_there(tmp_path, activation, table):
-    sae, x, tokens = our_sae(activation, table), activations(), torch.arange(200).remainder(50)
+def test_ours_loads_there(tmp_path, activation, form):
+    sae, x, tokens = our_sae(activation, form), activations(), torch.arange(200).remainder(50)
     theirs = sae_lens.SAE.load_from_disk(tu.save(sae, tmp_path / "s"))
-    name = f"{activation} with table" if table else activation
+    name, given = f"{activation} {form}".strip(), [tokens] if form else []
     with torch.no_grad():
-        acts = (sae.encode(x), theirs.encode(x))
-        x_hat = theirs.decode(acts[1], tokens) if table else theirs(x)
-        compare("ours to sae_lens", name, acts, (sae(x, tokens[:, None]).x_hat, x_hat))
+        acts = theirs.encode(x, *given) if form.endswith("subtracted") else theirs.encode(x)
+        x_hat = theirs.decode(acts, *given)
+        acts = (sae.encode(x, tokens), acts)
+        compare("ours to sae_lens", name, acts, (sae(x, tokens).x_hat, x_hat))
     assert theirs.cfg.metadata.hook_name == HOOK
     assert theirs.cfg.metadata.context_size == 128
-    assert theirs.cfg.architecture().startswith("tokenized_") == table
-    assert isinstance(theirs, WithTable) == table
+    prefix = {"": "", "with table": "tokenized_", "with table subtracted": "subtracted_"}[form]
+    assert theirs.cfg.architecture().rpartition("_")[0] == prefix[:-1]
+    assert isinstance(theirs, WithTable) == bool(form)
 
 
+@pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("activation", KINDS)
-def test_what_sae_lens_saves_again_loads_here(tmp_path, activation, dtype):
+def test_what_sae_lens_saves_again_loads_here(tmp_path, activation, dtype, form):
     """Equal to the bit, metadata too; the weight file keeps to SAELens's tensors."""
-    folder = tu.save(our_sae(activation), tmp_path / "s", {"note": "kept"}, dtype=dtype)
+    folder = tu.save(our_sae(activation, form), tmp_path / "s", {"note": "kept"}, dtype=dtype)
     sae_lens.SAE.load_from_disk(folder).save_model(tmp_path / "t")
     assert equal(tu.load(tmp_path / "t"), tu.load(folder))
     assert tu.read_cfg(tmp_path / "t")["metadata"]["tokenized"]["note"] == "kept"
@@ -289,9 +296,9 @@ def losses(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     return functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:], reduction="none")
 
 
-def model_and_saes(folder: Path, activation: str) -> tuple:
+def model_and_saes(folder: Path, activation: str, form: str = "with table") -> tuple:
     """(Model, our TSAE at its second layer, the same as SAELens loads it)."""
-    sae = our_sae(activation)
+    sae = our_sae(activation, form)
     hook_name = "blocks.1.hook_resid_pre"
     sae.cfg = tu.TSAEConfig(**{**vars(sae.cfg), "hook_name": hook_name})
     return hooked_model(), sae, sae_lens.SAE.load_from_disk(tu.save(sae, folder))
@@ -312,11 +319,12 @@ def record(name: str, direction: str, ours: torch.Tensor, theirs: torch.Tensor) 
     assert torch.allclose(ours, theirs, atol=1e-4)
 
 
+@pytest.mark.parametrize("form", FORMS[1:])
 @pytest.mark.parametrize("error_term", [False, True])
 @pytest.mark.parametrize("activation", KINDS)
-def test_a_run_there_equals_attach(tmp_path, activation, error_term):
+def test_a_run_there_equals_attach(tmp_path, activation, error_term, form):
     """At the positions that `attach` takes: all but the first and special tokens."""
-    model, sae, theirs = model_and_saes(tmp_path / "s", activation)
+    model, sae, theirs = model_and_saes(tmp_path / "s", activation, form)
     options = {"use_error_term": error_term, "exclude_special_tokens": [0]}
     with torch.no_grad():
         with attach(model, sae, error_term=error_term) as seen:
@@ -328,7 +336,7 @@ def test_a_run_there_equals_attach(tmp_path, activation, error_term):
             added = model(some_ids())
             model.reset_saes()
         clean = model(some_ids())
-    name = f"{activation}, error term" if error_term else activation
+    name = f"{activation} {form}, error term" if error_term else f"{activation} {form}"
     here, there = losses(expected, some_ids()), losses(logits, some_ids())
     record(name, "HookedSAETransformer against attach", here, there)
     assert torch.equal(cached, logits) and torch.equal(added, logits)
