@@ -60,8 +60,14 @@ def arguments() -> argparse.Namespace:
     add("--lr-lookup", type=float, default=1e-2, help="learning rate of the table")
     add("--lookup-by-rows", action="store_true", help="update only the rows of a batch's tokens "
         "(SparseAdam), for large vocabularies")  # fmt: skip
-    add("--table-scale", type=float, default=0.5, help="rows start at this times the unigram "
-        "activation, the encoder at 1 minus it")  # fmt: skip
+    add("--subtract-lookup", action="store_true", help="the encoder sees activations minus their "
+        "tokens' rows, which is not the paper's form")  # fmt: skip
+    add("--table-start", default="auto", choices=("auto", *tu.STARTS), help="where rows start: "
+        "tsae_utils.table_start")  # fmt: skip
+    add("--table-scale", type=float, help="times this; the encoder starts at 1 minus it. Default: "
+        "0.5, and 1 with an encoder at 1 for --subtract-lookup")  # fmt: skip
+    add("--max-norm-ratio", type=float, default=10.0, help="activations above this multiple of "
+        "the median norm are left out; inf: none")  # fmt: skip
     add("--decoder-init-norm", type=float, default=1.0, help="norm at which decoder rows start")
     add("--aux-k", type=int, default=0, help="dead features that model the error (AuxK); 0: none")
     add("--seed", type=int, default=0, help="of the initialisation and the order of the text")
@@ -71,6 +77,10 @@ def arguments() -> argparse.Namespace:
     add("--plot", action="store_true", help="draw the history as <out>.history.png")
     add("--device", help="cuda, mps or cpu; default: the best there is")
     args = parser.parse_args()
+    if args.subtract_lookup and not args.lookup:
+        parser.error("--subtract-lookup needs --lookup")
+    if args.table_scale is None:
+        args.table_scale = 1.0 if args.subtract_lookup else 0.5
     for name in ("tokens", "context_size", "batch_size", "expansion", "heldout_rows", "k"):
         least = 2 if name == "context_size" else 1
         if not least <= getattr(args, name) < 1e15:
@@ -130,7 +140,8 @@ def configurations(
         k=args.k,
         seed=args.seed,
         l1_coefficient=args.l1 if is_penalised else 0.0,
-        encoder_scale=1 - args.table_scale if args.lookup else 1.0,
+        subtract_lookup=args.subtract_lookup,
+        encoder_scale=1 - args.table_scale if args.lookup and not args.subtract_lookup else 1.0,
         decoder_init_norm=args.decoder_init_norm,
         model_name=args.model,
         hook_name=hook,
@@ -264,11 +275,13 @@ def main() -> None:
     cfg, training = configurations(args, lm, hook)
     rows, heldout = read_rows(args, lm, rank, world)
     batch_size = args.batch_size // world
-    stream = tu.ActivationStream(lm, rows, hook, batch_size, args.buffer_tokens, args.seed)
+    sizes = (batch_size, args.buffer_tokens, args.seed)
+    stream = tu.ActivationStream(lm, rows, hook, *sizes, max_norm_ratio=args.max_norm_ratio)
     table = None
     if args.lookup:
-        unigrams = tu.unigram_activations(lm, hook, progress=rank == 0)
-        table = tu.TokenLookup(args.table_scale * unigrams)
+        options = {"max_norm": stream.max_norm, "seed": args.seed, "progress": rank == 0}
+        start = tu.table_start(lm, hook, args.table_start, rows, **options)
+        table = tu.TokenLookup(args.table_scale * start)
     sae = tu.TSAE(cfg, table).to(lm.device)
     if rank == 0:
         describe(args, sae, rows, world, checkpoint)
@@ -276,7 +289,8 @@ def main() -> None:
         backend = "nccl" if lm.device.type == "cuda" else "gloo"
         torch.distributed.init_process_group(backend)
     # Built before the training, so that a model that cannot be measured costs no time.
-    evaluator = tu.Evaluator(lm, heldout, hook) if rank == 0 else None
+    limit = stream.max_norm
+    evaluator = tu.Evaluator(lm, heldout, hook, max_norm=limit) if rank == 0 else None
     every = int(args.checkpoint_every or max(1e6, args.tokens / 50))
     options = {"progress": rank == 0, "checkpoint": checkpoint, "checkpoint_every": every}
     try:

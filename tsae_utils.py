@@ -38,7 +38,7 @@ from tsae.metrics import HeldoutText, check_fit, fit, reconstruction_error, squa
 from tsae.run import Run, dead_features_error, start_biases_
 from tsae.saelens import FILES, read_cfg, read_folder, refuse_other_files, save
 from tsae.stream import ActivationStream
-from tsae.tables import TokenLookup, add_lookup, table_start, unigram_activations
+from tsae.tables import STARTS, TokenLookup, add_lookup, table_start, unigram_activations
 from tsae.text import keep_mask, last_tokens, token_rows
 
 # ---------- 1  Configuration ----------------------------------------------------------------------

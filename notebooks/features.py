@@ -6,6 +6,7 @@ D d_in, F features, V vocabulary, G n-grams.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -58,9 +59,10 @@ def read_text(lab: Lab, layer: int, tokens: int, split: str = "heldout") -> Text
     ids = lab.rows(split, tokens)[:, : lab.study_context].long()
     keep = tu.keep_mask(ids, lab.lm)
     parts = []
-    for part_ids, part_keep in zip(ids.split(32), keep.split(32), strict=True):
-        stream = lab.lm.activations(part_ids, [layer])[layer]
-        parts.append(stream[part_keep.to(lab.lm.device)])
+    for i in range(0, len(ids), 32):
+        x = lab.lm.activations(ids[i : i + 32], [layer])[layer]
+        keep[i : i + 32] &= ~(x.norm(dim=-1) > lab.max_norm(layer)).cpu()  # as in training
+        parts.append(x[keep[i : i + 32].to(x.device)])
     document = (ids == lab.lm.separator_id).flatten().cumsum(0).view_as(ids)
     return Text(ids, keep, torch.cat(parts), document[keep])
 
@@ -71,15 +73,22 @@ def read_text(lab: Lab, layer: int, tokens: int, split: str = "heldout") -> Text
 
 
 @torch.no_grad()
-def activations(sae: tu.TSAE, x: Tensor, features: Tensor | slice = slice(None)) -> Tensor:
-    """Activations of the chosen features on x [P, D]: [P, len(features)], fp32, on the CPU."""
-    return torch.cat([sae.encode(part)[:, features].cpu() for part in x.split(4096)])
+def encoded(sae: tu.TSAE, x: Tensor, tokens: Tensor, part: int = 4096) -> Iterator[Tensor]:
+    """Activations of all features on x [P, D] at tokens [P] or [P, 1], part by part."""
+    pairs = zip(x.split(part), tokens.to(x.device).split(part), strict=True)
+    return (sae.encode(*pair) for pair in pairs)
 
 
 @torch.no_grad()
-def firing(sae: tu.TSAE, x: Tensor) -> Tensor:
-    """Number of positions of x [P, D] on which each feature fires [F]."""
-    return sum((sae.encode(part) > 0).sum(0) for part in x.split(4096)).cpu()
+def activations(sae: tu.TSAE, text: Text, features: Tensor | slice = slice(None)) -> Tensor:
+    """Activations of the chosen features on a text: [P, len(features)], fp32, on the CPU."""
+    return torch.cat([acts[:, features].cpu() for acts in encoded(sae, text.x, text.tokens)])
+
+
+@torch.no_grad()
+def firing(sae: tu.TSAE, text: Text) -> Tensor:
+    """Number of positions of a text on which each feature fires [F]."""
+    return sum((acts > 0).sum(0) for acts in encoded(sae, text.x, text.tokens)).cpu()
 
 
 def locality(
@@ -128,7 +137,7 @@ def feature_table(sae: tu.TSAE, text: Text, features: Tensor, orders: int = 3) -
     groups = [text.last(n) for n in range(1, orders + 1)]
     tables = []
     for part in tqdm(features.split(256), desc="locality"):
-        acts = activations(sae, text.x, part.to(sae.W_dec.device))
+        acts = activations(sae, text, part.to(sae.W_dec.device))
         share, coverage = locality(acts, groups, text.document)
         columns = {
             "feature": part,
@@ -144,7 +153,7 @@ def feature_table(sae: tu.TSAE, text: Text, features: Tensor, orders: int = 3) -
 
 def sample_features(sae: tu.TSAE, text: Text, n: int, seed: int = 0, least: int = 10) -> Tensor:
     """At most n features [n], drawn from those that fire on at least `least` positions."""
-    alive = torch.nonzero(firing(sae, text.x) >= least).squeeze(-1)
+    alive = torch.nonzero(firing(sae, text) >= least).squeeze(-1)
     order = torch.randperm(len(alive), generator=torch.Generator().manual_seed(seed))
     return alive[order[:n]].sort().values
 
@@ -258,7 +267,7 @@ def describe(
     """
     if acts is None:
         chosen = torch.tensor([feature], device=text.x.device)
-        acts = activations(sae, text.x, chosen)[:, 0]
+        acts = activations(sae, text, chosen)[:, 0]
     direction_D = sae.W_dec[feature]
     numbers = {
         "frequency": (acts > 0).float().mean(),

@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 import pandas as pd
 import torch
-from features import Text
+from features import Text, encoded
 from lab import Interval, bootstrap_interval, tu
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,23 +39,25 @@ class Responses(NamedTuple):
 
 
 @torch.no_grad()
-def responses(sae: tu.TSAE, x_GD: Tensor, top: int = 5) -> Responses:
+def responses(sae: tu.TSAE, ngrams: Ngrams, top: int = 5) -> Responses:
     """Responses to n-grams.
 
     The feature of an n-gram is the one whose activation most exceeds its mean over all n-grams.
     """
-    mean_F = sum(sae.encode(part).sum(0) for part in x_GD.split(2048)).cpu() / len(x_GD)
+    last = ngrams.tokens[:, -1]
+    total_F = sum(acts.sum(0) for acts in encoded(sae, ngrams.x, last, 2048))
+    mean_F = total_F.cpu() / len(last)
     feature, fires_F = [], torch.zeros(sae.cfg.d_sae)
     best_TF = torch.zeros(top, sae.cfg.d_sae)
     predicted_TF = torch.full((top, sae.cfg.d_sae), -1)
-    for start in range(0, len(x_GD), 2048):
-        acts = sae.encode(x_GD[start : start + 2048]).cpu()
+    for i, acts in enumerate(encoded(sae, ngrams.x, last, 2048)):
+        acts = acts.cpu()
         feature.append((acts - mean_F).argmax(-1))
         fires_F += (acts > 0).sum(0)
         # the best n-grams of this part compete with the best so far
         values, places = acts.topk(min(top, len(acts)), dim=0)
         best_TF, order = torch.cat([best_TF, values]).topk(top, dim=0)
-        predicted_TF = torch.cat([predicted_TF, places + start]).gather(0, order)
+        predicted_TF = torch.cat([predicted_TF, places + 2048 * i]).gather(0, order)
     predicted_TF = torch.where(best_TF > 0, predicted_TF, -1)
     return Responses(torch.cat(feature), predicted_TF, fires_F)
 
@@ -76,8 +78,9 @@ def observed(
     parts = []
     for features in chosen_C.split(1024):  # sums of all n-grams and features would not fit
         total = torch.zeros(len(kinds), len(features))
-        for x, k in zip(text.x.split(4096), kind_P.split(4096), strict=True):
-            total.index_add_(0, k, sae.encode(x)[:, features.to(x.device)].cpu())
+        parts_of_text = encoded(sae, text.x, text.tokens)
+        for acts, k in zip(parts_of_text, kind_P.split(4096), strict=True):
+            total.index_add_(0, k, acts[:, features.to(acts.device)].cpu())
         values, places = total.topk(min(top, len(kinds)), dim=0)
         parts.append(torch.where(values > 0, common[places], -1))
     return torch.cat(parts, 1)

@@ -35,7 +35,7 @@ def make_kit(
     features = []  # (system, feature, its activations [P])
     for system, sae in saes.items():
         sampled = ft.sample_features(sae, text, n_features, seed)
-        acts_PF = ft.activations(sae, text.x, sampled.to(text.x.device))
+        acts_PF = ft.activations(sae, text, sampled.to(text.x.device))
         features += [(system, int(f), acts) for f, acts in zip(sampled, acts_PF.T, strict=True)]
     order = np.random.default_rng(seed).permutation(len(features))
     key, parts = {}, {}

@@ -95,11 +95,13 @@ def test_measurements_during_training(lab):
 
 
 def test_mean_activation_of_a_token(lab):
-    means, ids = lab.token_means(1), lab.train_rows.long()
+    means, ids = lab.table_start("mean", 1), lab.train_rows.long()
     keep = tu.keep_mask(ids, lab.lm)
     x = lab.lm.activations(ids, [1])[1]
     token = int(ids[keep][0])
-    assert torch.allclose(means[token], x[keep & (ids == token)].mean(0), atol=1e-4)
+    here = x[keep & (ids == token)]
+    expected = (here.sum(0) + 5 * x[keep].mean(0)) / (len(here) + 5)
+    assert torch.allclose(means[token], expected, atol=1e-4)
     counts = torch.bincount(ids[keep], minlength=lab.lm.n_vocab)
     unseen = int((counts == 0).nonzero()[0])
     assert torch.allclose(means[unseen], x[keep].mean(0), atol=1e-4)

@@ -90,7 +90,7 @@ def test_scores_are_checked_and_kept(lab, saes, text, kit):
 def test_a_dashboard_by_what_it_shows(lab, saes, text):
     sae, feature = saes["one"], int(ft.sample_features(saes["one"], text, 1)[0])
     d = ft.describe(lab, sae, feature, text, contexts=3)
-    acts = ft.activations(sae, text.x)[:, feature]
+    acts = ft.activations(sae, text)[:, feature]
     strongest = d[(d.row == "context") & (d.place == 0)]
     assert (
         strongest.value.iloc[0] == pytest.approx(acts.max().item())

@@ -216,6 +216,10 @@ class Run:
     ) -> None:
         require_trainable(saes, cfgs, stream)
         self.saes, self.cfgs, self.stream = saes, cfgs, stream
+        if distributed.world_size() > 1 and hasattr(stream, "max_norm"):
+            limit = torch.tensor(stream.max_norm, device=stream.lm.device)
+            distributed.broadcast_([limit])  # each process has rows of its own
+            stream.max_norm = limit.item()
         for sae in saes.values():
             note_max_norm_(sae, stream)
         self.optimizers = optimizers

@@ -28,6 +28,7 @@ from transformers.utils import logging as transformers_logging
 import tsae_utils as tu
 from testbed import corpus as testbed_corpus
 from tsae.documents import Document
+from tsae.stream import max_norm_of
 
 from . import claims, data, results, training
 from .profiles import PROFILES, ROOT, Profile, is_papers_setting, public_name, settings
@@ -69,6 +70,7 @@ class Lab:
         self.replay = bool(os.environ.get("TSAE_REPLAY"))
         self.claims: dict[str, dict] = {}
         self.published_saes: dict[int, tu.TSAE] = {}
+        self.max_norms: dict[int, float] = {}
         os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # nothing is sent anywhere
         torch.manual_seed(0)
         tu.keep_freed_memory()
@@ -147,9 +149,15 @@ class Lab:
         """A([BOS, t])_1 of every token [V, D]."""
         return data.unigrams(self, layer)
 
-    def token_means(self, layer: int) -> torch.Tensor:
-        """Mean activation of every token over training text [V, D]."""
-        return data.token_means(self, layer)
+    def table_start(self, kind: str, layer: int) -> torch.Tensor:
+        """Rows where tables start [V, D]: "unigram", or "mean" over training text."""
+        return data.table_start(self, kind, layer)
+
+    def max_norm(self, layer: int) -> float:
+        """The norm above which activations are massive, and left alone."""
+        if layer not in self.max_norms:
+            self.max_norms[layer] = max_norm_of(self.lm, self.train_rows, self.hook(layer))
+        return self.max_norms[layer]
 
     # -- SAEs --
 

@@ -17,6 +17,7 @@ import tsae_utils as tu
 from testbed import corpus as testbed_corpus
 from testbed import smollm2
 from tsae.documents import Document, local_files
+from tsae.tables import without_massive
 from tsae.text import vocabulary_hash
 
 from .context import Context
@@ -168,20 +169,16 @@ def unigrams(lab: Context, layer: int) -> torch.Tensor:
     return load_file(path)["unigrams"].to(lab.lm.device)
 
 
-def token_means(lab: Context, layer: int) -> torch.Tensor:
-    """Mean activation of every token over a million training tokens [V, D].
+def table_start(lab: Context, kind: str, layer: int) -> torch.Tensor:
+    """Rows [V, D] where tables start: "mean" over a million training tokens, or "unigram".
 
-    Tokens that do not occur get the mean of all.
+    Means replace the unigram activations of a model where more than a hundredth is massive.
     """
+    if kind == "unigram":
+        table, share = without_massive(lab.unigrams(layer), lab.max_norm(layer))
+        if share <= 0.01:
+            return table
     wanted = min(len(lab.train_rows), max(2, 10**6 // lab.context_size))
-    spaced = torch.linspace(0, len(lab.train_rows) - 1, wanted).long()
-    total = torch.zeros(lab.lm.n_vocab, lab.lm.d_model)
-    count = torch.zeros(lab.lm.n_vocab)
-    for ids in lab.train_rows[spaced].long().split(32):
-        keep = tu.keep_mask(ids, lab.lm)
-        x = lab.lm.activations(ids, [layer])[layer][keep.to(lab.lm.device)].cpu()
-        total.index_add_(0, ids[keep], x)
-        count += torch.bincount(ids[keep], minlength=lab.lm.n_vocab)
-    mean = total.sum(0) / count.sum()
-    means = torch.where(count[:, None] > 0, total / count.clamp(min=1)[:, None], mean)
-    return means.to(lab.lm.device)
+    rows = lab.train_rows[torch.linspace(0, len(lab.train_rows) - 1, wanted).long()]
+    limit = lab.max_norm(layer)
+    return tu.table_start(lab.lm, lab.hook(layer), "mean", rows, max_norm=limit).to(lab.lm.device)

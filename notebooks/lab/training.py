@@ -40,6 +40,7 @@ class SAESpec:
     frozen: bool = False  # the table is not trained
     aux_k: int = 0  # dead features that model the error (AuxK)
     start_l0: float = 0.0  # relu, gated: features active per token at the start
+    subtract_lookup: bool = False  # the encoder sees x minus the token's row
     curve: int = 0  # held-out tokens for measurements during training
 
     @property
@@ -58,13 +59,14 @@ def new_sae(lab: Context, spec: SAESpec, layer: int, seed: int) -> tu.TSAE:
         seed=seed,
         l1_coefficient=spec.l1_coefficient,
         encoder_scale=spec.encoder_scale,
+        subtract_lookup=spec.subtract_lookup,
         model_name=lab.model_name,
         hook_name=lab.hook(layer),
         context_size=lab.context_size,
     )
     if not spec.has_table:
         return tu.TSAE(cfg).to(lab.lm.device)
-    table = lab.token_means(layer) if spec.start == "mean" else lab.unigrams(layer)
+    table = lab.table_start("mean" if spec.start == "mean" else "unigram", layer)
     if spec.start == "shuffled":
         order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
         table = table[order.to(table.device)]
