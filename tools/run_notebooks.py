@@ -42,11 +42,12 @@ class Client(NotebookClient):
 
 
 def select(numbers: list[str]) -> list[Path]:
-    """Notebooks by number ("06" or "6"), all of them by default.
+    """Notebooks by number ("06" or "6"); those that the profile names, or all, by default.
 
     Raises SystemExit for an unknown number.
     """
     every = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    numbers = numbers or notebooks_of_profile()
     chosen = []
     for number in numbers:
         prefix = f"{int(number):02d}_" if number.isdigit() else None
@@ -56,6 +57,14 @@ def select(numbers: list[str]) -> list[Path]:
             raise SystemExit(f"no notebook number {number!r}: there are {known}")
         chosen += matches
     return chosen or every
+
+
+def notebooks_of_profile() -> list[str]:
+    """Numbers of the notebooks that the profile names; none where it runs all."""
+    from notebooks.lab.profiles import PROFILES  # loads torch: not before it is needed
+
+    profile = PROFILES.get(os.environ["TSAE_PROFILE"])
+    return list(profile.notebooks) if profile else []
 
 
 def with_fewer_colours(png: str) -> str:
@@ -146,7 +155,7 @@ def arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("numbers", nargs="*", help="notebook numbers; all by default")
-    add("--profile", help="smoke, mini (default), record, gpt2-lite, gpt2 or pythia")
+    add("--profile", help="smoke, mini (default), record, smollm2-mini, gpt2-lite, gpt2 or pythia")
     add("--redraw", action="store_true", help="draw and judge from the CSVs (default: record)")
     add("--record", action="store_true", help="profile record, and keep the executed notebooks")
     add("--keep", action="store_true", help="with --redraw: keep the executed notebooks")

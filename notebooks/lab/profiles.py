@@ -82,6 +82,7 @@ class Profile:
     """A scale at which the notebooks run."""
 
     name: str
+    notebooks: tuple[str, ...] = ()  # numbers of those it runs; all unless given
     source: Source = field(default_factory=Source)
     grid: Grid = field(default_factory=Grid)
     recipe: Recipe = field(default_factory=Recipe)
@@ -97,9 +98,10 @@ class Profile:
             known = {f.name for f in fields(getattr(self, group))}
             fields_of_group = {key: changes.pop(key) for key in known & changes.keys()}
             groups[group] = replace(getattr(self, group), **fields_of_group)
+        notebooks = changes.pop("notebooks", self.notebooks)
         if changes:
             raise TypeError(f"a profile has no field {', '.join(changes)}")
-        return Profile(name, **groups)
+        return Profile(name, notebooks, **groups)
 
     def flat(self) -> dict:
         """All fields in one dict, as records store them; without folders of this machine."""
@@ -232,7 +234,24 @@ PYTHIA = GPT2.with_changes(
     expansions=(4, 8, 16),
     feature_tokens=100_000,
 )
-PROFILES = {p.name: p for p in (RECORD, MINI, SMOKE, GPT2_LITE, GPT2, PYTHIA)}
+SMOLLM2_MINI = MINI.with_changes(  # a published model on two cores: one layer, one seed
+    "smollm2-mini",
+    notebooks=("00", "02", "05", "06", "08", "99"),
+    model="smollm2",
+    context_size=128,
+    depths=(2 / 3,),
+    expansion=8,
+    k=8,
+    lrs=(4e-3,),
+    sae_lr=4e-3,
+    tsae_lr=4e-3,
+    lr_tokens=20_480,
+    eval_tokens=8_000,
+    patch_rows=8,
+    patch_positions=8,
+    gib=12.0,
+)
+PROFILES = {p.name: p for p in (RECORD, MINI, SMOKE, SMOLLM2_MINI, GPT2_LITE, GPT2, PYTHIA)}
 
 
 def public_name(source: str) -> str:
