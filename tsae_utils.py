@@ -35,7 +35,7 @@ from tsae.inputs import flat_pair, plain_sae, require_possible
 from tsae.kernels import SparsePass, dense_pass, keep_freed_memory, top_k
 from tsae.language_model import LanguageModel, check_replacement, hub_name, load_lm, parse_hook
 from tsae.metrics import HeldoutText, check_fit, fit, reconstruction_error, squared_error
-from tsae.run import Run, dead_features_error, start_biases_
+from tsae.run import Run, batch_of, dead_features_error, start_biases_
 from tsae.saelens import FILES, read_cfg, read_folder, refuse_other_files, save
 from tsae.stream import ActivationStream
 from tsae.tables import STARTS, TokenLookup, add_lookup, table_start, unigram_activations
@@ -324,8 +324,9 @@ def train(
     optimizers = {name: optimizers_for(sae, cfgs[name]) for name, sae in saes.items()}
     options = (log_every, progress, checkpoint, checkpoint_every, history)
     with Run(saes, cfgs, optimizers, stream, *options) as run:
-        for step, (x, tokens) in run.batches():
+        for step, (batch, tokens) in run.batches():
             for name, sae in saes.items():
+                x = batch_of(sae, batch)
                 with run.timed(name):
                     if step == 0 and not cfgs[name].keep_biases:
                         start_biases_(sae, cfgs[name], x, tokens)

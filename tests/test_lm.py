@@ -191,7 +191,7 @@ def test_the_buffer_follows_the_configured_context(lm, rows):
     hook = "blocks.1.hook_resid_pre"
     stream = tu.ActivationStream(lm, rows, hook, batch_size=32, buffer_tokens=256)
     assert stream.rows_per_buffer == 256 // 16
-    assert len(stream.x) == 256
+    assert len(stream.x[hook]) == 256
 
 
 def test_unigram_activations(lm):
@@ -199,3 +199,31 @@ def test_unigram_activations(lm):
     assert table.shape == (VOCAB, 32)
     alone = lm.activations(torch.tensor([[0, 5]]), [2])[2][0, 1]
     assert torch.allclose(table[5], alone, atol=1e-5)
+
+
+def test_several_hooks_from_one_pass(lm, rows):
+    """The same batches as one stream for each; every SAE trains on those of its hook."""
+    hooks = ["blocks.1.hook_resid_pre", "blocks.2.hook_mlp_out"]
+    options = {"batch_size": 64, "buffer_tokens": 512, "seed": 3}
+    several = tu.ActivationStream(lm, rows, hooks, **options)
+    alone = [tu.ActivationStream(lm, rows, hook, **options) for hook in hooks]
+    for (x, tokens), *singles in zip(several, *alone, strict=False):
+        for hook, (expected, expected_tokens) in zip(hooks, singles, strict=True):
+            assert torch.allclose(x[hook], expected, atol=1e-5)
+            assert torch.equal(tokens, expected_tokens)
+        if several.position[0] == 2:
+            break
+    passes, whole = [], lm.activations
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lm, "activations", lambda *a, **k: passes.append(1) or whole(*a, **k))
+        shape = {"d_in": 32, "d_sae": 40, "k": 4}
+        saes = {hook: tu.TSAE(tu.TSAEConfig(**shape, hook_name=hook)) for hook in hooks}
+        tu.train(saes, several, tu.TrainConfig(tokens=640), progress=False)
+    assert len(passes) == 640 // 512 + 1
+    for hook, stream in zip(hooks, alone, strict=True):
+        sae = tu.TSAE(tu.TSAEConfig(**shape, hook_name=hook))
+        tu.train({"s": sae}, stream, tu.TrainConfig(tokens=640), progress=False)
+        assert torch.allclose(sae.W_dec, saes[hook].W_dec, atol=1e-4)
+        assert saes[hook].cfg.max_norm == pytest.approx(stream.max_norm)
+    with pytest.raises(ValueError, match=r"is of hook '', the stream of blocks.1"):
+        tu.train({"s": tu.TSAE(tu.TSAEConfig(**shape))}, several, tu.TrainConfig(tokens=640))

@@ -288,7 +288,7 @@ class Residuals:
 
     def __init__(self, stream: tu.ActivationStream, W: Tensor) -> None:
         self.stream, self.W, self.batch_size = stream, W, stream.batch_size
-        self.max_norm, self.max_norm_ratio = stream.max_norm, stream.max_norm_ratio
+        self.limits, self.max_norm_ratio = stream.limits, stream.max_norm_ratio
 
     def __iter__(self):
         for x, tokens in self.stream:

@@ -34,8 +34,8 @@ STREAM_SETTINGS = (
     "harvest_rows",
     "order",
     "include_bos",
-    "hook_name",
-    "max_norm",
+    "hooks",
+    "limits",
 )
 
 
@@ -51,6 +51,12 @@ def require_trainable(saes: Mapping[str, Any], cfgs: Mapping[str, Any], stream: 
             )
         if cfg.aux_k and activation not in ("topk", "batchtopk"):
             raise ValueError(f"{name!r}: aux_k is for topk and batchtopk, not {activation}")
+        hooks = getattr(stream, "hooks", [])
+        if len(hooks) > 1 and sae.cfg.hook_name not in hooks:
+            raise ValueError(
+                f"{name!r} is of hook {sae.cfg.hook_name!r}, the stream of {', '.join(hooks)}: "
+                "name one of these in its configuration"
+            )
         if sae.lookup is None:
             continue
         if hasattr(stream, "lm"):
@@ -65,9 +71,15 @@ def require_trainable(saes: Mapping[str, Any], cfgs: Mapping[str, Any], stream: 
 
 def note_max_norm_(sae: Any, stream: Any) -> None:
     """Keep in the SAE's configuration which activations the stream leaves out."""
-    limit, ratio = (getattr(stream, name, math.inf) for name in ("max_norm", "max_norm_ratio"))
+    limits = getattr(stream, "limits", {})
+    limit = limits.get(sae.cfg.hook_name, max(limits.values(), default=math.inf))
     if limit < math.inf:
-        sae.cfg = replace(sae.cfg, max_norm=limit, max_norm_ratio=ratio)
+        sae.cfg = replace(sae.cfg, max_norm=limit, max_norm_ratio=stream.max_norm_ratio)
+
+
+def batch_of(sae: Any, x: Tensor | Mapping[str, Tensor]) -> Tensor:
+    """The SAE's own batch, where a stream of several hooks gives one for each."""
+    return x if isinstance(x, Tensor) else x[sae.cfg.hook_name]
 
 
 @torch.no_grad()
@@ -216,10 +228,10 @@ class Run:
     ) -> None:
         require_trainable(saes, cfgs, stream)
         self.saes, self.cfgs, self.stream = saes, cfgs, stream
-        if distributed.world_size() > 1 and hasattr(stream, "max_norm"):
-            limit = torch.tensor(stream.max_norm, device=stream.lm.device)
-            distributed.broadcast_([limit])  # each process has rows of its own
-            stream.max_norm = limit.item()
+        if distributed.world_size() > 1 and hasattr(stream, "limits"):
+            limits = torch.tensor(list(stream.limits.values()), device=stream.lm.device)
+            distributed.broadcast_([limits])  # each process has rows of its own
+            stream.limits = dict(zip(stream.limits, limits.tolist(), strict=True))
         for sae in saes.values():
             note_max_norm_(sae, stream)
         self.optimizers = optimizers
