@@ -73,6 +73,18 @@ def test_grids_and_budgets_of_the_papers_models():
     assert not PYTHIA.source.published, "RES-JB is of GPT-2 small"
 
 
+def test_a_profile_may_name_its_notebooks(monkeypatch):
+    """They are run where none are asked for; other profiles run all."""
+    from tools import run_notebooks
+
+    for name in ("smollm2-mini", "mini"):
+        monkeypatch.setenv("TSAE_PROFILE", name)
+        chosen = [path.name[:2] for path in run_notebooks.select([])]
+        assert chosen == list(PROFILES[name].notebooks) or len(chosen) == 16
+        assert [path.name[:2] for path in run_notebooks.select(["6"])] == ["06"]
+    assert PROFILES["smollm2-mini"].notebooks == ("00", "02", "05", "06", "08", "99")
+
+
 def test_changes_of_a_profile_name_its_fields():
     changed = GPT2.with_changes("x", k=7, tokens=5, gib=2.0, corpus="c")
     assert changed.name == "x" and changed.grid.k == 7 and changed.budget.tokens == 5
