@@ -261,7 +261,7 @@ def describe(
         histogram    a bin of positive activations: value positions above the lower edge place
         boosted      a token whose logit the feature raises most, per unit of activation
         suppressed   a token whose logit it lowers most
-        table        a token whose row of unigram activations, mean removed, is closest by cosine
+        table        a token whose row of the table's start, mean removed, is closest by cosine
 
     `acts` are the feature's activations [P] where they are known: encoding the text is slow.
     """
@@ -278,7 +278,8 @@ def describe(
     rows += context_rows(lab, text, acts, contexts, window)
     rows += histogram_rows(acts)
     effect_V = logit_directions(lab.lm) @ direction_D
-    table_VD = lab.unigrams(tu.parse_hook(sae.cfg.hook_name, lab.lm.n_layers))
+    layer = tu.parse_hook(sae.cfg.hook_name, lab.lm.n_layers)
+    table_VD = lab.table_start("unigram", layer)  # without massive rows
     cosine_V = torch.cosine_similarity(table_VD - table_VD.mean(0), direction_D, dim=-1)
     rows += ranking_rows(lab, "boosted", effect_V, top)
     rows += ranking_rows(lab, "suppressed", effect_V, top, largest=False)
