@@ -34,7 +34,7 @@ from tsae.hub import download, push_to_hub
 from tsae.inputs import flat_pair, plain_sae, require_possible
 from tsae.kernels import SparsePass, dense_pass, keep_freed_memory, top_k
 from tsae.language_model import LanguageModel, check_replacement, hub_name, load_lm, parse_hook
-from tsae.metrics import HeldoutText, check_fit, fit, reconstruction_error, squared_error
+from tsae.metrics import HeldoutText, check_fit, fitted, reconstruction_error, squared_error
 from tsae.run import Run, batch_of, dead_features_error, start_biases_
 from tsae.saelens import FILES, read_cfg, read_folder, refuse_other_files, save
 from tsae.stream import ActivationStream
@@ -386,22 +386,23 @@ class Evaluator(HeldoutText):
     Position 0, separators and the prediction made at BOS are left out, and BOS is never patched; so
     are positions with massive activations (`massive_share` of the others), longer than `max_norm`,
     which is ten times the rows' median norm unless given. `include_bos` includes them all, as the
-    paper did. An SAE of any type and device is measured in fp32
-    on the model's device, and left as it was.
+    paper did. An SAE of any type and device is measured in fp32 on the model's device, and left as
+    it was.
     """
 
     @torch.no_grad()
     def __call__(self, sae: TSAE) -> dict[str, float]:
-        sae, x_BD = fit(sae, self.lm, self.x), self.x_BD
+        x_BD = self.x_BD
         parts = zip(x_BD.split(4096), self.tokens_BN.split(4096), strict=True)
-        outputs = [sae(x, tokens) for x, tokens in parts]
+        with fitted(sae, self.lm, self.x) as measured:
+            outputs = [measured(x, tokens) for x, tokens in parts]
         x_hat_BD = torch.cat([out.x_hat for out in outputs])
         l0 = sum(int(out.l0.sum()) for out in outputs) / len(x_BD)
         ce_patched = self.patched_cross_entropy(x_hat_BD)
         added = ce_patched - self.ce_clean
         return {
             "l0": l0,
-            "vectors_per_token": l0 + (sae.lookup is not None),
+            "vectors_per_token": l0 + (measured.lookup is not None),
             **reconstruction_error(x_BD, x_hat_BD)._asdict(),
             "ce_clean": self.ce_clean,
             "ce_patched": ce_patched,

@@ -487,3 +487,10 @@ def test_command_line_errors(tmp_path, arguments, env, message):
     )
     assert done.returncode != 0 and re.search(message, done.stderr), done.stderr[-800:]
     assert "Cell In" not in done.stderr, "a sentence, not the notebook's traceback"
+
+
+def test_the_start_of_a_table_is_made_once(lab, monkeypatch):
+    """Means cost a pass of the model, which every SAE and every dashboard used to repeat."""
+    start = lab.table_start("mean", 1)
+    monkeypatch.setattr(lab.lm, "activations", lambda *_, **__: pytest.fail("a second pass"))
+    assert lab.table_start("mean", 1) is start

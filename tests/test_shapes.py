@@ -160,6 +160,14 @@ def test_other_types_are_measured_in_fp32(evaluator, activation, dtype):
     assert all(t.dtype == dtype and torch.equal(t, before[n]) for n, t in sae.state_dict().items())
 
 
+def test_an_sae_in_training_is_measured_without_a_copy(evaluator, monkeypatch):
+    """Curves are measured during training, where a copy would double the memory."""
+    sae = random_weights_sae().train()
+    monkeypatch.setattr("copy.deepcopy", lambda *_: pytest.fail("copied"))
+    evaluator(sae)
+    assert sae.training
+
+
 def test_check_fit_takes_other_types(lm, rows):
     sae = random_weights_sae().to(torch.bfloat16)
     assert tu.check_fit(sae, lm, rows[:4], max_fvu=1e9) is sae

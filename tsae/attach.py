@@ -425,9 +425,9 @@ def attach(
     SAE's error is added back, so that the edit is all that changes. Gradients flow through.
 
     As in training, padding, the first token of a text, special tokens and massive activations
-    (longer than cfg.max_norm, where it is not 0) are left alone. Where
-    nothing in the model sees the mean of the residual stream over its width, as with LayerNorm,
-    the stream and what is added to it are centred, and their mean is put back.
+    (longer than cfg.max_norm, where it is not 0) are left alone. Where nothing in the model sees
+    the mean of the residual stream over its width, as with LayerNorm, the stream and what is added
+    to it are centred, and their mean is put back.
 
     Raises ValueError where the model has no such hook point, or another width or vocabulary, and
     for a pass that does not start from token ids (inputs_embeds), as the table needs them.
@@ -448,8 +448,8 @@ def attach(
         keep = patched_positions(now, model.tokenizer).to(raw.device)
         seen.tokens = now.tokens.to(raw.device)
         flat = raw.flatten(2)
-        x = flat.detach().float()
         if max_norm:
+            x = flat.detach().float()
             keep &= (x - x.mean(-1, keepdim=True) * centred).norm(dim=-1) <= max_norm
         x_BD, tokens_BN = flat[keep].float(), seen.tokens[keep].unsqueeze(-1)
         mean = x_BD.mean(-1, keepdim=True) if centred else 0.0

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -134,12 +136,12 @@ class HeldoutText:
         return self.cross_entropy(x)
 
 
-@torch.no_grad()
-def fit(sae: Any, lm: LanguageModel, x: Tensor) -> Any:
-    """The SAE in fp32, on the device of activations x [..., D], in evaluation mode.
+@contextmanager
+def fitted(sae: Any, lm: LanguageModel, x: Tensor) -> Iterator[Any]:
+    """The SAE in fp32, on the device of activations x [..., D], in evaluation mode meanwhile.
 
-    It is a copy where the SAE is anything else. Raises ValueError for an SAE of another width or
-    vocabulary, and for an object that is no SAE.
+    It is a copy where the SAE has another type or device. Raises ValueError for an SAE of another
+    width or vocabulary, and for an object that is no SAE.
     """
     sae = plain_sae(sae)
     if sae.cfg.d_in != x.shape[-1]:
@@ -151,9 +153,14 @@ def fit(sae: Any, lm: LanguageModel, x: Tensor) -> Any:
         sae.lookup.check_vocabulary(lm.n_vocab)
     tensors = [*sae.parameters(), *sae.buffers()]
     is_as_wanted = {t.dtype for t in tensors} <= {torch.float32, torch.int64}
-    if is_as_wanted and not sae.training and {t.device for t in tensors} == {x.device}:
-        return sae
-    return copy.deepcopy(sae).to(x.device, torch.float32).eval()
+    if not is_as_wanted or {t.device for t in tensors} != {x.device}:
+        sae = copy.deepcopy(sae).to(x.device, torch.float32)
+    was_training = sae.training
+    sae.eval()
+    try:
+        yield sae
+    finally:
+        sae.train(was_training)
 
 
 def check_fit(sae: Any, lm: LanguageModel, rows_RL: Tensor, max_fvu: float = 0.5) -> Any:
@@ -169,10 +176,10 @@ def check_fit(sae: Any, lm: LanguageModel, rows_RL: Tensor, max_fvu: float = 0.5
         keep = keep_mask(ids, lm).to(lm.device)
         x.append(lm.activations(ids, [hook], bf16=False)[hook][keep])
     x_BD, tokens = torch.cat(x), rows_RL[keep_mask(rows_RL, lm)].to(lm.device)
-    norms, measured = x_BD.norm(dim=-1), fit(sae, lm, x_BD)
+    norms = x_BD.norm(dim=-1)
     is_kept = norms <= norm_limit(norms)  # massive activations would drown all others
     x_BD, tokens = x_BD[is_kept], tokens[is_kept]
-    with torch.no_grad():
+    with torch.no_grad(), fitted(sae, lm, x_BD) as measured:
         pairs = zip(x_BD.split(4096), tokens.split(4096), strict=True)
         x_hat = [measured(*pair).x_hat for pair in pairs]
     fvu = reconstruction_error(x_BD, torch.cat(x_hat)).fvu

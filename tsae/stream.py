@@ -152,8 +152,9 @@ class ActivationStream:
                 # infinity is an error, below
                 here = here & (~(norms > self.limits[hook]) | norms.isinf())
             tokens = last_tokens(ids, self.order, self.lm.bos_id).to(self.lm.device)[here]
-            self.seen += int(keep.sum())
-            self.massive += int(keep.sum()) - len(tokens)
+            n_seen = int(keep.sum())
+            self.seen += n_seen
+            self.massive += n_seen - len(tokens)
             for hook, x in found.items():
                 self.x[hook][n : n + len(tokens)] = x[here]
             self.tokens[n : n + len(tokens)] = tokens

@@ -71,48 +71,34 @@ def unigram_activations(
     return require_finite(torch.cat(parts), hook_name)
 
 
-class TokenMeans:
-    """Sums of activations by token, over the positions of rows that count.
+def token_means(
+    lm: LanguageModel,
+    hook_name: str,
+    rows_RL: Tensor,
+    max_norm: float,
+    shuffle: int | None = None,
+    progress: bool = False,
+) -> Tensor:
+    """Each token's mean over the rows' positions that count [V, D], shrunk towards that of all.
 
-    Massive activations are left out: those longer than `max_norm`, or where it is None than ten
-    times the median norm of the rows' first 16,384.
+    Activations longer than `max_norm` are left out. With `shuffle`, a seed, every activation goes
+    to a random token's bin.
     """
-
-    def __init__(
-        self,
-        lm: LanguageModel,
-        hook_name: str,
-        rows_RL: Tensor,
-        max_norm: float | None = None,
-        shuffle: int | None = None,
-        progress: bool = False,
-    ) -> None:
-        self.total = torch.zeros(lm.n_vocab, lm.d_model)
-        self.count = torch.zeros(lm.n_vocab)
-        if max_norm is None:
-            max_norm = max_norm_of(lm, rows_RL, hook_name)
-        tokens_P = rows_RL[keep_mask(rows_RL, lm)].long()
-        if shuffle is not None:  # every activation goes to a random token's bin
-            order = torch.randperm(len(tokens_P), generator=torch.Generator().manual_seed(shuffle))
-            tokens_P = tokens_P[order]
-        done = 0
-        for ids in tqdm(rows_RL.split(32), desc="token means", disable=not progress):
-            keep = keep_mask(ids, lm)
-            x = lm.activations(ids, [hook_name])[hook_name][keep.to(lm.device)].cpu()
-            tokens, done = tokens_P[done : done + len(x)], done + len(x)
-            is_kept = require_finite(x, hook_name).norm(dim=-1) <= max_norm
-            self.total.index_add_(0, tokens[is_kept], x[is_kept])
-            self.count += torch.bincount(tokens[is_kept], minlength=lm.n_vocab)
-
-    @property
-    def mean(self) -> Tensor:
-        """The mean of all activations [D]."""
-        return self.total.sum(0) / self.count.sum().clamp(min=1)
-
-    def rows(self, shrinkage: float = SHRINKAGE) -> Tensor:
-        """Each token's mean [V, D], drawn towards the mean of all by `shrinkage` occurrences."""
-        weight = (self.count + shrinkage)[:, None]
-        return (self.total + shrinkage * self.mean) / weight
+    total, count = torch.zeros(lm.n_vocab, lm.d_model), torch.zeros(lm.n_vocab)
+    tokens_P = rows_RL[keep_mask(rows_RL, lm)].long()
+    if shuffle is not None:
+        order = torch.randperm(len(tokens_P), generator=torch.Generator().manual_seed(shuffle))
+        tokens_P = tokens_P[order]
+    done = 0
+    for ids in tqdm(rows_RL.split(32), desc="token means", disable=not progress):
+        keep = keep_mask(ids, lm)
+        x = lm.activations(ids, [hook_name])[hook_name][keep.to(lm.device)].cpu()
+        tokens, done = tokens_P[done : done + len(x)], done + len(x)
+        is_kept = require_finite(x, hook_name).norm(dim=-1) <= max_norm
+        total.index_add_(0, tokens[is_kept], x[is_kept])
+        count += torch.bincount(tokens[is_kept], minlength=lm.n_vocab)
+    mean = total.sum(0) / count.sum().clamp(min=1)
+    return (total + SHRINKAGE * mean) / (count + SHRINKAGE)[:, None]
 
 
 def table_start(
@@ -157,7 +143,7 @@ def table_start(
             kind = "mean"
     if kind in ("mean", "hashed"):
         shuffle = seed if kind == "hashed" else None
-        W = TokenMeans(lm, hook_name, rows, max_norm, shuffle, progress).rows()
+        W = token_means(lm, hook_name, rows, max_norm, shuffle, progress)
     if commonest is not None:
         count = torch.bincount(rows[keep_mask(rows, lm)].long(), minlength=lm.n_vocab)
         rare = count.argsort(descending=True, stable=True)[commonest:]

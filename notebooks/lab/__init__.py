@@ -71,6 +71,7 @@ class Lab:
         self.claims: dict[str, dict] = {}
         self.published_saes: dict[int, tu.TSAE] = {}
         self.max_norms: dict[int, float] = {}
+        self.starts: dict[tuple[str, int], torch.Tensor] = {}  # means cost a pass of the model
         os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # nothing is sent anywhere
         torch.manual_seed(0)
         tu.keep_freed_memory()
@@ -151,7 +152,9 @@ class Lab:
 
     def table_start(self, kind: str, layer: int) -> torch.Tensor:
         """Rows where tables start [V, D]: "unigram", or "mean" over training text."""
-        return data.table_start(self, kind, layer)
+        if (kind, layer) not in self.starts:
+            self.starts[kind, layer] = data.table_start(self, kind, layer)
+        return self.starts[kind, layer]
 
     def max_norm(self, layer: int) -> float:
         """The norm above which activations are massive, and left alone."""
