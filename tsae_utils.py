@@ -381,7 +381,9 @@ class Evaluator(HeldoutText):
     vectors_per_token: decoder vectors added per token, the table's row included. ce_clean,
     ce_patched: cross-entropy in nats without and with the reconstruction in place.
     ce_added = (ce_patched - ce_clean) / ce_clean (eq. 3).
-    ce_recovered = 1 - (ce_patched - ce_clean) / (ce_zero - ce_clean), ce_zero with zeros in place.
+    ce_recovered = 1 - (ce_patched - ce_clean) / (ce_zero - ce_clean), ce_zero with zeros in place;
+    ce_recovered_mean: the same with the mean activation in place. kl: mean KL(p || q) in nats of
+    the next token, p without and q with the reconstruction in place.
 
     Position 0, separators and the prediction made at BOS are left out, and BOS is never patched; so
     are positions with massive activations (`massive_share` of the others), longer than `max_norm`,
@@ -390,17 +392,22 @@ class Evaluator(HeldoutText):
     it was.
     """
 
-    @torch.no_grad()
     def __call__(self, sae: TSAE) -> dict[str, float]:
+        return self.measure(sae)[0]
+
+    @torch.no_grad()
+    def measure(self, sae: TSAE) -> tuple[dict[str, float], NamedTuple]:
+        """(Metrics, the DocumentSums of `tsae.metrics`), for intervals over documents."""
         x_BD = self.x_BD
         parts = zip(x_BD.split(4096), self.tokens_BN.split(4096), strict=True)
         with fitted(sae, self.lm, self.x) as measured:
             outputs = [measured(x, tokens) for x, tokens in parts]
         x_hat_BD = torch.cat([out.x_hat for out in outputs])
         l0 = sum(int(out.l0.sum()) for out in outputs) / len(x_BD)
-        ce_patched = self.patched_cross_entropy(x_hat_BD)
+        sums = self.by_document(x_hat_BD)
+        ce_patched, kl = (float(s.sum() / sums.predictions.sum()) for s in sums[2:4])
         added = ce_patched - self.ce_clean
-        return {
+        metrics = {
             "l0": l0,
             "vectors_per_token": l0 + (measured.lookup is not None),
             **reconstruction_error(x_BD, x_hat_BD)._asdict(),
@@ -409,7 +416,10 @@ class Evaluator(HeldoutText):
             "ce_added": added / self.ce_clean,
             "ce_recovered": 1 - added / (self.ce_zero - self.ce_clean),
             "massive_share": self.massive_share,
+            "ce_recovered_mean": 1 - added / (self.ce_mean - self.ce_clean),
+            "kl": kl,
         }
+        return metrics, sums
 
 
 # ---------- 5  Files -----------------------------------------------------------------------------

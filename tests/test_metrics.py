@@ -130,3 +130,59 @@ def test_saes_are_measured_in_evaluation_mode(evaluator):
     assert sae.training
     assert evaluator(sae.eval())["l0"] == pytest.approx(expected)
     assert not sae.training
+
+
+def test_sums_over_documents_by_hand(lm, rows):
+    """Each prediction and each position counts once, in the document that it stands in."""
+    evaluator, sae = tu.Evaluator(lm, rows[:6], HOOK), random_sae(d_in=32, d_sae=40, k=5)
+    metrics, sums = evaluator.measure(sae)
+    ids, separator = rows[:6].long(), lm.separator_id
+    expected, document = {}, -1
+    with torch.no_grad():
+        x_hat = sae(evaluator.x.flatten(0, 1), ids.flatten()).x_hat.view_as(evaluator.x)
+    patched = torch.where(evaluator.keep[..., None], x_hat, evaluator.x)
+    losses = lm.losses(ids, HOOK, patched)
+    for row, tokens in enumerate(ids.tolist()):
+        document += 1  # a row starts one
+        for place, token in enumerate(tokens):
+            document += place > 0 and token == separator
+            entry = expected.setdefault(document, [0, 0.0, 0, 0.0])
+            if evaluator.keep[row, place]:
+                x, error = evaluator.x[row, place], evaluator.x[row, place] - x_hat[row, place]
+                entry[2] += 1
+                entry[3] += float(error.square().sum() / x.square().sum())
+            if place + 1 < len(tokens) and evaluator.predicted[row, place]:
+                entry[0] += 1
+                entry[1] += losses[row, place].item()
+    for i, name in enumerate(("predictions", "ce_patched", "positions", "squared_error")):
+        by_hand = torch.tensor([float(entry[i]) for entry in expected.values()])
+        assert torch.allclose(getattr(sums, name).float(), by_hand, atol=1e-3), name
+    assert len(expected) > 6, "rows hold several documents"
+    mean = sums.squared_error.sum() / sums.positions.sum()
+    assert metrics["nmse"] == pytest.approx(mean.item(), rel=1e-5)
+    total = sums.ce_patched.sum() / sums.predictions.sum()
+    assert metrics["ce_patched"] == pytest.approx(total.item(), rel=1e-6)
+
+
+def test_divergence_and_mean_ablation_by_hand(lm, rows):
+    evaluator, sae = tu.Evaluator(lm, rows[:6], HOOK), random_sae(d_in=32, d_sae=40, k=5)
+    metrics = evaluator(sae)
+    with torch.no_grad():
+        x_hat = sae(evaluator.x_BD, evaluator.tokens_BN).x_hat
+
+        def log_probabilities(x):
+            _, handles, _, _ = lm._replacing(evaluator.rows, HOOK, x)
+            try:
+                return lm._logits(evaluator.rows).log_softmax(-1)[:, :-1]
+            finally:
+                for handle in handles:
+                    handle.remove()
+
+        p, q = log_probabilities(evaluator.x), log_probabilities(evaluator.patched(x_hat))
+    by_hand = (p.exp() * (p - q)).sum(-1)[evaluator.predicted].mean()
+    assert metrics["kl"] == pytest.approx(by_hand.item(), rel=1e-4)
+    assert evaluator(Fixed(lambda x: x))["kl"] == pytest.approx(0, abs=1e-6)
+    mean = evaluator.x_BD.mean(0)
+    at_mean = evaluator(Fixed(lambda x: mean.expand_as(x)))
+    assert at_mean["ce_recovered_mean"] == pytest.approx(0, abs=1e-4)
+    assert at_mean["ce_recovered"] != pytest.approx(0, abs=1e-3)

@@ -426,16 +426,44 @@ class LanguageModel:
         stream is all they hand on. The mean that centring removed is not put back: nothing in the
         model sees it. Raises ValueError as `activations` does.
         """
-        ids_RL, there, back = self._align(ids_RL)
-        handles, skipped = [], []
-        if x_RLD is not None:
-            x_RLD = x_RLD.to(self.device).expand(*ids_RL.shape, self.d_model)
-            x_RLD = x_RLD.take_along_dim(there[..., None], 1)
-            layer, place = parse_hook_point(hook, self.n_layers)
-            if place == "resid_pre" and self._can_skip:
-                skipped = self.blocks[:layer]
-            handles = self._visit(hook, lambda raw: x_RLD)
+        ids_RL, handles, skipped, back = self._replacing(ids_RL, hook, x_RLD)
         return self._losses(ids_RL, handles, skipped).gather(1, back)[:, :-1]
+
+    @torch.no_grad()
+    def losses_and_divergence(
+        self, ids_RL: Tensor, hook: int | str, x_RLD: Tensor, y_RLD: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(Cross-entropy, KL divergence) [R, L-1] in nats (fp32) with `y_RLD` at `hook`.
+
+        The divergence is KL(p || q) of the next token, p under `x_RLD` and q under `y_RLD`.
+        Raises ValueError as `activations` does.
+        """
+        aligned_RL, handles, skipped, back = self._replacing(ids_RL, hook, x_RLD)
+        p = self._logits_with(aligned_RL, handles, skipped).log_softmax(-1)
+        aligned_RL, handles, skipped, back = self._replacing(ids_RL, hook, y_RLD)
+        logits = self._logits_with(aligned_RL, handles, skipped)
+        losses = next_token_losses(logits, aligned_RL)
+        divergence = torch.stack(  # row by row: a vocabulary is large
+            [
+                F.kl_div(q_LV.log_softmax(-1), p_LV, reduction="none", log_target=True).sum(-1)
+                for q_LV, p_LV in zip(logits, p, strict=True)
+            ]
+        )
+        return losses.gather(1, back)[:, :-1], divergence.gather(1, back)[:, :-1]
+
+    def _replacing(
+        self, ids_RL: Tensor, hook: int | str, x_RLD: Tensor | None
+    ) -> tuple[Tensor, list[RemovableHandle], list[nn.Module], Tensor]:
+        """(Rows without padding in front, hooks, blocks that need not run, the way back)."""
+        ids_RL, there, back = self._align(ids_RL)
+        if x_RLD is None:
+            return ids_RL, [], [], back
+        x_RLD = x_RLD.to(self.device).expand(*ids_RL.shape, self.d_model)
+        x_RLD = x_RLD.take_along_dim(there[..., None], 1)
+        layer, place = parse_hook_point(hook, self.n_layers)
+        skips = place == "resid_pre" and self._can_skip
+        handles = self._visit(hook, lambda raw: x_RLD)
+        return ids_RL, handles, list(self.blocks[:layer]) if skips else [], back
 
     def _losses(
         self,
@@ -443,10 +471,16 @@ class LanguageModel:
         handles: Iterable[RemovableHandle] = (),
         skipped: Iterable[nn.Module] = (),
     ) -> Tensor:
-        """Cross-entropy [R, L] of every next token; the last column has no target.
+        """Cross-entropy [R, L] of every next token; the last column has no target."""
+        return next_token_losses(self._logits_with(ids_RL, handles, skipped), ids_RL)
 
-        Skipped blocks hand on their input. At the end the hooks are removed.
-        """
+    def _logits_with(
+        self,
+        ids_RL: Tensor,
+        handles: Iterable[RemovableHandle] = (),
+        skipped: Iterable[nn.Module] = (),
+    ) -> Tensor:
+        """Logits [R, L, V] in fp32. Skipped blocks hand on their input; the hooks are removed."""
         blocks = {block.module: block for block in self._blocks}
 
         def pass_through(block: Block) -> Callable:
@@ -462,14 +496,18 @@ class LanguageModel:
             module.forward = pass_through(blocks[module])
         try:
             with removed_afterwards(handles):
-                logits = self._logits(ids_RL).float()
+                return self._logits(ids_RL).float()
         finally:
             for module in skipped:
                 del module.forward
-        # Slicing the logits instead of padding the targets would copy them.
-        targets = F.pad(ids_RL[:, 1:], (0, 1)).to(logits.device)
-        losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-        return losses.view(ids_RL.shape)
+
+
+def next_token_losses(logits_RLV: Tensor, ids_RL: Tensor) -> Tensor:
+    """Cross-entropy [R, L] in nats of every next token; the last column has no target."""
+    # Slicing the logits instead of padding the targets would copy them.
+    targets = F.pad(ids_RL[:, 1:], (0, 1)).to(logits_RLV.device)
+    losses = F.cross_entropy(logits_RLV.flatten(0, 1), targets.flatten(), reduction="none")
+    return losses.view(ids_RL.shape)
 
 
 @torch.no_grad()

@@ -54,10 +54,22 @@ def reconstruction_error(x_BD: Tensor, x_hat_BD: Tensor) -> ReconstructionError:
     return ReconstructionError(ratio.mean().item(), ratio.sqrt().mean().item(), fvu.item())
 
 
+class DocumentSums(NamedTuple):
+    """Sums over the positions of each document that count, fp64 [documents]."""
+
+    predictions: Tensor  # their number
+    ce_clean: Tensor  # cross-entropy in nats without
+    ce_patched: Tensor  # and with the reconstruction in place
+    kl: Tensor  # KL divergence in nats of the prediction with it from the one without
+    positions: Tensor  # number of reconstructed positions
+    squared_error: Tensor  # ||x - x_hat||^2 / ||x||^2
+
+
 class HeldoutText:
     """Token rows with their activations at one layer, and the cross-entropy when these change.
 
-    ce_clean, ce_zero: cross-entropy in nats as it is, and with zeros at positions that count.
+    ce_clean, ce_zero, ce_mean: cross-entropy in nats as it is, with zeros, and with the mean
+    activation at positions that count. A document runs between separators; a row starts one, too.
     Raises ValueError for an unknown hook, for rows without text, for activations that are not
     finite, and where putting these back as they are changes the losses (`check_replacement`).
     """
@@ -96,8 +108,13 @@ class HeldoutText:
                 "expected a row with two tokens of text after BOS, separators and padding left out"
             )
         check_replacement(lm, [hook_name], self.rows[:CHECKED_ROWS, :CHECKED_TOKENS])
-        self.ce_clean = self.cross_entropy()
-        self.ce_zero = self.patched_cross_entropy(torch.zeros(()))
+        starts = self.rows == lm.separator_id
+        starts[:, 0] = True
+        self.document = starts.flatten().cumsum(0).view_as(self.rows) - 1  # [R, L]
+        self.losses_clean = self.losses()
+        self.ce_clean = self.losses_clean.mean().item()
+        self.ce_zero = self.patched_losses(torch.zeros(())).mean().item()
+        self.ce_mean = self.patched_losses(self.x_BD.mean(0)).mean().item()
 
     def _massive(self, keep: Tensor) -> Tensor:
         """Positions [R, L] with massive activations among those that would count."""
@@ -121,19 +138,43 @@ class HeldoutText:
         """The tokens they sit on [B, 1]."""
         return self.rows[self.keep].unsqueeze(-1).to(self.x.device)
 
-    def cross_entropy(self, x_RLD: Tensor | None = None) -> float:
-        """Nats per predicted token, with these activations in place of the model's."""
+    def losses(self, x_RLD: Tensor | None = None) -> Tensor:
+        """Nats (fp64) of each prediction that counts, with these activations in place of the model's."""
         losses = [
             self.lm.losses(self.rows[b], self.hook_name, None if x_RLD is None else x_RLD[b])
             for b in self.batches
         ]
-        return torch.cat(losses)[self.predicted.to(self.x.device)].mean().item()
+        return torch.cat(losses)[self.predicted.to(self.x.device)].double()
 
-    def patched_cross_entropy(self, x_hat_BD: Tensor) -> float:
-        """The cross-entropy with a reconstruction at the positions that count."""
+    def patched(self, x_hat_BD: Tensor) -> Tensor:
+        """The activations [R, L, D] with a reconstruction at the positions that count."""
         x = self.x.clone()
         x[self.keep_here] = x_hat_BD
-        return self.cross_entropy(x)
+        return x
+
+    def patched_losses(self, x_hat_BD: Tensor) -> Tensor:
+        """Nats of each prediction that counts, with a reconstruction in place."""
+        return self.losses(self.patched(x_hat_BD))
+
+    def by_document(self, x_hat_BD: Tensor) -> DocumentSums:
+        """What a reconstruction costs in every document."""
+        y, hook = self.patched(x_hat_BD), self.hook_name
+        parts = [
+            self.lm.losses_and_divergence(self.rows[b], hook, self.x[b], y[b]) for b in self.batches
+        ]
+        counts = self.predicted.to(self.x.device)
+        ce_patched, kl = (torch.cat(part)[counts] for part in zip(*parts, strict=True))
+        x_BD = self.x_BD
+        error = (x_BD - x_hat_BD).square().sum(-1) / x_BD.square().sum(-1)
+        n = int(self.document[-1, -1]) + 1
+
+        def summed(document: Tensor, values: Tensor) -> Tensor:
+            return torch.bincount(document, weights=values.double().cpu(), minlength=n)
+
+        made_at, stands_at = self.document[:, :-1][self.predicted], self.document[self.keep]
+        predictions, positions = (torch.bincount(d, minlength=n) for d in (made_at, stands_at))
+        costs = [summed(made_at, values) for values in (self.losses_clean, ce_patched, kl)]
+        return DocumentSums(predictions, *costs, positions, summed(stands_at, error))
 
 
 @contextmanager
