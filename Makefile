@@ -7,7 +7,7 @@ PY := .venv/bin/python
 PEERS := .venv-peers/bin/python
 RUN := $(PY) tools/run_notebooks.py
 
-.PHONY: help figures redraw replay record docs verify test test-resume test-saelens testbed \
+.PHONY: help figures redraw replay record docs unblind verify test test-resume test-saelens testbed \
 	smollm2 export-saes bench scan hostile clean
 
 help:                       ## this list
@@ -30,6 +30,9 @@ record: .venv/ready         ## train and measure the committed record: hours; re
 
 docs: .venv/ready           ## the generated parts of README.md and docs/, from the record
 	$(PY) tools/build_docs.py
+
+unblind: .venv/ready        ## table 1 from the scores of both raters of the blind study
+	$(PY) tools/blind_study.py figures/record
 
 verify: .venv/ready         ## check contributed figures: make verify PROFILE=gpt2
 	$(PY) tools/verify.py $(if $(filter command environment,$(firstword $(origin PROFILE))),$(PROFILE),gpt2)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import pandas as pd
@@ -35,6 +35,7 @@ class Text:
     keep: Tensor  # [R, L], True at positions that count
     x: Tensor  # [P, D]
     document: Tensor  # [P]
+    suffixes: list[Tensor] = field(default_factory=list)  # [P, D], see `suffix_activations`
 
     @property
     def tokens(self) -> Tensor:
@@ -51,10 +52,11 @@ class Text:
         return torch.unique(grams, dim=0, return_inverse=True)[1]
 
 
-def read_text(lab: Lab, layer: int, tokens: int, split: str = "heldout") -> Text:
+def read_text(lab: Lab, layer: int, tokens: int, split: str = "heldout", suffixes: int = 0) -> Text:
     """About `tokens` tokens of a split, with the residual stream entering `layer`.
 
     Only the first `study_context` positions of each row are read: every SAE was trained on them.
+    With `suffixes` = N the stream is also read with only the last 1 to N tokens in view.
     """
     ids = lab.rows(split, tokens)[:, : lab.study_context].long()
     keep = tu.keep_mask(ids, lab.lm)
@@ -64,7 +66,33 @@ def read_text(lab: Lab, layer: int, tokens: int, split: str = "heldout") -> Text
         keep[i : i + 32] &= ~(x.norm(dim=-1) > lab.max_norm(layer)).cpu()  # as in training
         parts.append(x[keep[i : i + 32].to(x.device)])
     document = (ids == lab.lm.separator_id).flatten().cumsum(0).view_as(ids)
-    return Text(ids, keep, torch.cat(parts), document[keep])
+    text = Text(ids, keep, torch.cat(parts), document[keep])
+    for n in range(1, suffixes + 1):
+        text.suffixes.append(suffix_activations(lab.lm, text, layer, n, lab.max_norm(layer)))
+    return text
+
+
+def suffix_activations(
+    lm: tu.LanguageModel, text: Text, layer: int, n: int, max_norm: float = np.inf
+) -> Tensor:
+    """The stream [P, D] entering `layer` when BOS and the last n tokens are all that is in view.
+
+    The tokens keep their positions in the row. Near its front there are fewer than n. Activations
+    above `max_norm` (a lone token can become an attention sink) are NaN.
+    """
+    row, column = text.keep.nonzero().T
+    x = torch.empty_like(text.x)
+    for seen in range(1, n + 1):
+        chosen = torch.nonzero(column.clamp(max=n) == seen).squeeze(-1)
+        for part in chosen.split(2048):
+            columns = column[part, None] + torch.arange(1 - seen, 1)
+            bos = torch.zeros_like(columns[:, :1])
+            places = torch.cat([bos, columns], 1)
+            ids = text.ids[row[part, None], places]
+            last = lm.activations(ids, [layer], positions_RL=places)[layer][:, -1]
+            x[part.to(x.device)] = last
+    x[x.norm(dim=-1) > max_norm] = torch.nan
+    return x
 
 
 # ---------------------------------------------------------------------------------------------
@@ -129,15 +157,43 @@ def locality(
     return 1 - error[1:] / error[0].clamp(min=1e-12), seen / mass.clamp(min=1e-12)
 
 
+def causal_locality(acts_PF: Tensor, suffix_acts_PF: Tensor) -> Tensor:
+    """Share of a feature's variance that its activation on a suffix alone gives linearly [F].
+
+    It is the squared correlation of the activation in full context with the one where only the
+    last tokens are in view; 0 where the two do not go together. Nothing is fitted across texts, so
+    a trigram that occurs once counts like any other. This measure is ours.
+    """
+    a, b = (acts - acts.mean(0) for acts in (acts_PF.float(), suffix_acts_PF.float()))
+    r = (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-9)
+    return r.clamp(min=0).square()
+
+
+@torch.no_grad()
+def causal_table(
+    sae: tu.TSAE, text: Text, features: Tensor, acts_PF: Tensor
+) -> dict[str, np.ndarray]:
+    """Columns causal_n for each suffix of the text."""
+    columns = {}
+    for n, x in enumerate(text.suffixes, 1):
+        seen = ~x.isnan().any(-1)
+        parts = encoded(sae, x[seen], text.tokens[seen.cpu()])
+        suffix_acts = torch.cat([acts[:, features].cpu() for acts in parts])
+        columns[f"causal_{n}"] = causal_locality(acts_PF[seen.cpu()], suffix_acts).numpy()
+    return columns
+
+
 def feature_table(sae: tu.TSAE, text: Text, features: Tensor, orders: int = 3) -> pd.DataFrame:
     """One row per feature: frequency, mass, greatest activation, locality_n and coverage_n.
 
-    Frequency is the share of positions on which it fires, mass its summed squared activation.
+    Frequency is the share of positions on which it fires, mass its summed squared activation. A
+    text with suffixes adds causal_n.
     """
     groups = [text.last(n) for n in range(1, orders + 1)]
     tables = []
     for part in tqdm(features.split(256), desc="locality"):
-        acts = activations(sae, text, part.to(sae.W_dec.device))
+        chosen = part.to(sae.W_dec.device)
+        acts = activations(sae, text, chosen)
         share, coverage = locality(acts, groups, text.document)
         columns = {
             "feature": part,
@@ -147,7 +203,8 @@ def feature_table(sae: tu.TSAE, text: Text, features: Tensor, orders: int = 3) -
         }
         columns |= {f"locality_{n}": share[n - 1] for n in range(1, orders + 1)}
         columns |= {f"coverage_{n}": coverage[n - 1] for n in range(1, orders + 1)}
-        tables.append(pd.DataFrame({name: column.numpy() for name, column in columns.items()}))
+        columns = {name: column.numpy() for name, column in columns.items()}
+        tables.append(pd.DataFrame(columns | causal_table(sae, text, chosen, acts)))
     return pd.concat(tables, ignore_index=True)
 
 

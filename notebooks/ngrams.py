@@ -198,17 +198,29 @@ class HeldoutStates(NamedTuple):
     keep: Tensor  # [R, L], the positions that count
     layers: list[int]  # 1 to the last; layer 0, the embedding, is left out
     states: list[Tensor]  # [R, L, D] per layer
-    means: list[Tensor]  # [D] per layer, over the positions that count
 
     def cosines(self, pos_P2: Tensor, states: list[Tensor]) -> dict[str, np.ndarray]:
-        """Cosines [layers, P] of `states` with the true ones, raw and with the mean removed."""
+        """Cosines [layers, P] of `states` with the true ones, raw and with means removed.
+
+        Each side is centred by its own mean over the rows at each position of a row, so that
+        states of unrelated text have a cosine near 0.
+        """
         raw, centred = [], []
-        for true, state, mean in zip(self.states, states, self.means, strict=True):
+        column = pos_P2[:, 1].unique(return_inverse=True)[1]
+        for true, state in zip(self.states, states, strict=True):
             true = true[pos_P2[:, 0], pos_P2[:, 1]]
             raw.append(F.cosine_similarity(true, state))
-            centred.append(F.cosine_similarity(true - mean, state - mean))
+            centred.append(F.cosine_similarity(*(less_mean(x, column) for x in (true, state))))
         both = {"raw": torch.stack(raw), "mean removed": torch.stack(centred)}
         return {name: cosine.cpu().numpy() for name, cosine in both.items()}
+
+
+def less_mean(x_PD: Tensor, group_P: Tensor) -> Tensor:
+    """Vectors without the mean of their group."""
+    group_P = group_P.to(x_PD.device)
+    sums = torch.zeros(int(group_P.max()) + 1, x_PD.shape[1], device=x_PD.device)
+    sums.index_add_(0, group_P, x_PD)
+    return x_PD - (sums / torch.bincount(group_P)[:, None])[group_P]
 
 
 def read_states(lm: tu.LanguageModel, ids_RL: Tensor) -> HeldoutStates:
@@ -216,23 +228,23 @@ def read_states(lm: tu.LanguageModel, ids_RL: Tensor) -> HeldoutStates:
     layers = list(range(1, lm.n_layers + 1))
     parts = [lm.activations(part, layers) for part in ids_RL.split(16)]
     states = [torch.cat([part[layer] for part in parts]) for layer in layers]
-    keep = tu.keep_mask(ids_RL, lm)
-    means = [state[keep.to(state.device)].mean(0) for state in states]
-    return HeldoutStates(ids_RL, keep, layers, states, means)
+    return HeldoutStates(ids_RL, tu.keep_mask(ids_RL, lm), layers, states)
 
 
 def draw_positions(keep_RL: Tensor, n: int, per_row: int, generator: torch.Generator) -> Tensor:
-    """Rows and columns [P, 2] of positions in second halves of rows whose last n tokens count."""
+    """Rows and columns [P, 2] of positions in second halves of rows whose last n tokens count.
+
+    All rows share the drawn columns, at most `per_row`, so that each has a mean over rows.
+    """
     is_text = keep_RL.clone()
     for shift in range(1, n):
         is_text[:, shift:] &= keep_RL[:, :-shift]
-    is_text[:, : keep_RL.shape[1] // 2] = False
-    positions = []
-    for row in range(len(is_text)):
-        columns = torch.nonzero(is_text[row]).squeeze(-1)
-        columns = columns[torch.randperm(len(columns), generator=generator)]
-        positions += [(row, int(column)) for column in columns[:per_row]]
-    return torch.tensor(positions)
+    half = keep_RL.shape[1] // 2
+    order = torch.randperm(keep_RL.shape[1] - half, generator=generator)
+    columns = half + order[:per_row].sort().values
+    drawn = torch.zeros_like(is_text)
+    drawn[:, columns] = is_text[:, columns]
+    return drawn.nonzero()
 
 
 def swapped(pos_P2: Tensor, generator: torch.Generator) -> Tensor:

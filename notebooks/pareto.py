@@ -15,11 +15,11 @@ from lab import SYSTEMS, Interval, SAESpec, label_lines, paired_interval, plain_
 
 Measure = Callable[[tu.TSAE], dict]  # metrics of an SAE
 SEARCH_COLUMNS = ["system", "model", "layer", "k", "lr", "lr_lookup", "tokens", "nmse"]
-SEARCH_COLUMNS += ["l1_coefficient", "objective"]
+SEARCH_COLUMNS += ["l1_coefficient", "objective", "config", "code"]
 COLUMNS = ["model", "layer", "system", "k", "l1_coefficient", "lr", "lr_lookup", "l0"]
 COLUMNS += ["vectors_per_token", "seed", "tokens", "nmse", "nmse_unsquared", "fvu", "ce_clean"]
 COLUMNS += ["ce_patched", "ce_added", "ce_recovered", "dead_fraction", "d_sae", "decoder_vectors"]
-COLUMNS += ["seconds"]
+COLUMNS += ["seconds", "massive_share", "ce_recovered_mean", "kl", "config", "code"]
 NAMES = {
     "topk": "SAE",
     "topk+lookup": "TSAE",

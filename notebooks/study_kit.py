@@ -1,13 +1,14 @@
-"""A blind study of features as a kit of files. `tools/blind_study.py` unblinds what was scored.
+"""A blind study of features as a kit of files; `make unblind` evaluates what was scored.
 
-A kit is a folder with `items.html` to read, `scores.csv` to fill in, and `key.json`, which nobody
-opens before scoring. The scales are those of the paper's table 1 (workshop manuscript). They
-measure different things: a clear unigram feature has interpretability 9 and complexity 1.
+A kit is a folder with `items.html` to read and a `scores_<rater>.csv` for each of two raters to
+fill in. Which item is which feature stands nowhere beside them: `tools/blind_study.py` draws the
+items again from the committed table. The scales are those of the paper's table 1 (workshop
+manuscript). They measure different things: a clear unigram feature has interpretability 9 and
+complexity 1.
 """
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import dashboard
@@ -17,44 +18,47 @@ import pandas as pd
 from lab import Lab, tu
 
 SCALES = ("interpretability", "complexity")
+RATERS = ("a", "b")
+FEATURES = 30  # of each SAE
 INSTRUCTIONS = (
-    "Score every item in scores.csv, 1 to 10 on both scales. "
-    "Interpretability: 1-4 no pattern, 5-7 noisy, 8-10 clear. "
+    "Score every item in your scores file, 1 to 10 on both scales, without talking to the other "
+    "rater. Interpretability: 1-4 no pattern, 5-7 noisy, 8-10 clear. "
     "Complexity: 1-3 a single token, 4-6 a simple pattern, 7-10 a meaning."
 )
 
 
-def make_kit(
-    lab: Lab, saes: dict[str, tu.TSAE], text: ft.Text, n_features: int, folder: Path, seed: int = 0
-) -> Path:
-    """Write a kit into `folder`, which is returned.
+def draw_items(table: pd.DataFrame, n_features: int = FEATURES, seed: int = 0) -> pd.DataFrame:
+    """Items in the order of the kit: item, system, feature.
 
-    It shows `n_features` random living features of every SAE, in random order and without their
-    source. Scores that are already filled in stay.
+    `table` has a row for each sampled feature: system, seed, feature. At most `n_features` of the
+    first seed are drawn for each system, and equally many.
     """
-    features = []  # (system, feature, its activations [P])
-    for system, sae in saes.items():
-        sampled = ft.sample_features(sae, text, n_features, seed)
-        acts_PF = ft.activations(sae, text, sampled.to(text.x.device))
-        features += [(system, int(f), acts) for f, acts in zip(sampled, acts_PF.T, strict=True)]
-    order = np.random.default_rng(seed).permutation(len(features))
-    key, parts = {}, {}
-    for number, i in enumerate(order, 1):
-        item = f"item {number:02d}"
-        system, feature, acts = features[i]
-        key[item] = {"system": system, "feature": feature}
-        parts[item] = ft.describe(lab, saes[system], feature, text, acts=acts)
-    write_kit(folder, key, parts)
-    return folder
+    rng = np.random.default_rng(seed)
+    first = table[table.seed == table.seed.min()].sort_values(["system", "feature"])
+    n = min([n_features, *first.groupby("system").size()])
+    parts = [part.iloc[rng.permutation(len(part))[:n]] for _, part in first.groupby("system")]
+    drawn = pd.concat(parts)[["system", "feature"]]
+    drawn = drawn.iloc[rng.permutation(len(drawn))].reset_index(drop=True)
+    drawn.insert(0, "item", [f"item {i:02d}" for i in range(1, len(drawn) + 1)])
+    return drawn
 
 
-def write_kit(folder: Path, key: dict[str, dict], parts: dict[str, pd.DataFrame]) -> None:
-    """Write the files of a kit from its key and its dashboards, both by item."""
+def make_kit(
+    lab: Lab, saes: dict[str, tu.TSAE], text: ft.Text, table: pd.DataFrame, folder: Path
+) -> Path:
+    """Write a kit into `folder`, which is returned. Scores that are already filled in stay."""
+    items = draw_items(table)
+    parts = {
+        row.item: ft.describe(lab, saes[row.system], row.feature, text)
+        for row in items.itertuples()
+    }
     folder.mkdir(parents=True, exist_ok=True)
     page = dashboard.page(parts, "Blind feature study")
     page = page.replace("</h1>", f"</h1><p>{INSTRUCTIONS}</p>")
     (folder / "items.html").write_text(page, encoding="utf-8")
-    (folder / "key.json").write_text(json.dumps(key, indent=1) + "\n", encoding="utf-8")
-    if not (folder / "scores.csv").exists():
-        scores = pd.DataFrame({"item": list(key), **dict.fromkeys(SCALES, "")})
-        scores.to_csv(folder / "scores.csv", index=False)
+    scores = pd.DataFrame({"item": items["item"], **dict.fromkeys(SCALES, "")})
+    for rater in RATERS:
+        path = folder / f"scores_{rater}.csv"
+        if not path.exists():
+            scores.to_csv(path, index=False)
+    return folder

@@ -11,6 +11,7 @@ boilerplate, is removed within and across splits by 8-word shingles (`drop_repea
     sae      training text of SAEs; the language model has not seen it
     tune     for choosing learning rates only
     heldout  for metrics only
+    final    for headlines only: no decision touches it, and every look is counted
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 # Shares of documents, before repeats are removed.
-SPLITS = {"lm": 0.62, "sae": 0.30, "tune": 0.02, "heldout": 0.06}
+SPLITS = {"lm": 0.62, "sae": 0.30, "tune": 0.02, "heldout": 0.03, "final": 0.03}
 # Import name -> distribution name. Of repeated text the first package's copy is kept.
 PACKAGES = {
     "python": "",
@@ -64,7 +65,7 @@ MIN_CHARS = 48  # shorter docstrings ("Return the name.") carry no context
 MAX_CHARS = 20_000  # a few module docstrings are whole manuals: only their first pages are kept
 SHINGLE = 8  # words
 MAX_REPEATED = 0.3  # a document is a repeat if a larger share of its shingles has occurred before
-SCHEMA = 3  # raise this when extraction changes: cache key and manifest contain it
+SCHEMA = 4  # raise this when extraction changes: cache key and manifest contain it
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def split_of(package: str, module: str, name: str) -> str:
         if u < share:
             return split
         u -= share
-    return "heldout"
+    return "final"
 
 
 def package_root(package: str) -> Path | None:
@@ -176,7 +177,7 @@ def shingle_ids(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def drop_repeats(documents: list[Document]) -> list[Document]:
-    """Remove documents that mostly repeat earlier ones, in the order lm, sae, tune, heldout.
+    """Remove documents that mostly repeat earlier ones, in the order lm, sae, tune, heldout, final.
 
     A shingle counts as repeated if it occurs in any earlier document. A held-out docstring that
     (nearly) repeats a training docstring is therefore removed, and one of ten inherited copies is

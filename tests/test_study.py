@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import sys
@@ -38,53 +37,75 @@ def text(lab):
 
 
 @pytest.fixture
-def kit(lab, saes, text, tmp_path):
-    return study_kit.make_kit(lab, saes, text, 3, tmp_path / "kit")
+def folder(lab, saes, text, tmp_path):
+    """Figures with a table of sampled features and its kit of three features a side."""
+    parts = []
+    for system, sae in saes.items():
+        sampled = ft.sample_features(sae, text, 3)
+        parts.append(pd.DataFrame({"system": system, "seed": 0, "feature": sampled.numpy()}))
+    table = pd.concat(parts)
+    table.to_csv(tmp_path / "tab1_feature_study.csv", index=False)
+    study_kit.make_kit(lab, saes, text, table, tmp_path / "tab1_feature_study_kit")
+    return tmp_path
 
 
-def fill(kit, value) -> None:
-    key, scores = json.loads((kit / "key.json").read_text()), pd.read_csv(kit / "scores.csv")
-    scores["interpretability"] = [value(key[i]["system"]) for i in scores["item"]]
-    scores["complexity"] = 5
-    scores.to_csv(kit / "scores.csv", index=False)
+def fill(folder, rater: str, value) -> None:
+    """Fill in a rater's scores; interpretability is `value(system, number of the item)`."""
+    path = folder / "tab1_feature_study_kit" / f"scores_{rater}.csv"
+    items = study_kit.draw_items(pd.read_csv(folder / "tab1_feature_study.csv"))
+    scores = pd.read_csv(path)
+    scores["interpretability"] = [value(s, i) for i, s in enumerate(items.system)]
+    scores["complexity"] = [4 + i % 3 for i in range(len(items))]
+    scores.to_csv(path, index=False)
 
 
-def test_the_kit_hides_its_source_and_unblinding_finds_it(kit):
-    page, key = (kit / "items.html").read_text(), json.loads((kit / "key.json").read_text())
-    assert re.findall("<h2>(.*?)</h2>", page) == list(key) == [f"item {i:02d}" for i in range(1, 7)]
-    assert [k["system"] for k in key.values()] not in (
-        ["one"] * 3 + ["two"] * 3,
-        ["two"] * 3 + ["one"] * 3,
-    ), "shuffled"
-    assert not any(f"feature {k['feature']}" in page for k in key.values())
-    fill(kit, {"one": 9, "two": 2}.get)
-    table = blind_study.unblind(kit).set_index(["system", "scale"])["mean"]
-    assert (
-        table["one", "interpretability"] == 9
-        and table["two", "interpretability"] == 2
-        and table["one", "complexity"] == 5
-    )
+def test_the_kit_hides_its_source_and_unblinding_finds_it(folder):
+    kit = folder / "tab1_feature_study_kit"
+    files = sorted(path.name for path in kit.iterdir())
+    assert files == ["items.html", "scores_a.csv", "scores_b.csv"], "no key beside the items"
+    page = (kit / "items.html").read_text()
+    items = study_kit.draw_items(pd.read_csv(folder / "tab1_feature_study.csv"))
+    assert re.findall("<h2>(.*?)</h2>", page) == list(items["item"])
+    assert list(items["item"]) == [f"item {i:02d}" for i in range(1, 7)]
+    assert items.system.value_counts().to_dict() == {"one": 3, "two": 3}
+    assert not items.system.is_monotonic_increasing, "shuffled"
+    assert not any(f"feature {feature}" in page for feature in items.feature)
+    for rater in "ab":
+        fill(folder, rater, lambda system, _: {"one": 9, "two": 2}[system])
+    table, agreement = blind_study.unblind(folder)
+    mean = table.set_index(["system", "scale"]).value
+    assert mean["one", "interpretability"] == 9 and mean["two", "interpretability"] == 2
+    assert (agreement.kappa == 1).all(), "equal scores"
+    pd.testing.assert_frame_equal(pd.read_csv(kit / "key.csv"), items)
 
 
-def test_scores_are_checked_and_kept(lab, saes, text, kit):
-    with pytest.raises(ValueError, match="expected 1 to 10"):
-        blind_study.unblind(kit)
-    fill(kit, lambda system: 11)
+def test_disagreement_lowers_kappa(folder):
+    fill(folder, "a", lambda _, i: 1 + i)
+    fill(folder, "b", lambda _, i: 6 - i)
+    kappa = blind_study.unblind(folder)[1].set_index("scale").kappa
+    assert kappa["interpretability"] == pytest.approx(-1) and kappa["complexity"] == 1
+
+
+def test_scores_are_checked_and_kept(lab, saes, text, folder):
+    kit = folder / "tab1_feature_study_kit"
+    fill(folder, "a", lambda *_: 7)
+    with pytest.raises(ValueError, match=r"scores_b.csv: interpretability of item 01 is nan"):
+        blind_study.unblind(folder)
+    fill(folder, "b", lambda *_: 11)
     with pytest.raises(ValueError, match="interpretability of item 01 is 11; expected 1 to 10"):
-        blind_study.unblind(kit)
-    fill(kit, lambda system: 7)
-    study_kit.make_kit(lab, saes, text, 3, kit)
-    assert set(blind_study.unblind(kit)["mean"]) == {5.0, 7.0}, (
-        "making the kit again keeps what was scored"
-    )
-    done = subprocess.run(
-        [sys.executable, ROOT / "tools" / "blind_study.py", kit], capture_output=True, text=True
-    )
-    assert done.returncode == 0 and "complexity" in done.stdout
-    scores = pd.read_csv(kit / "scores.csv")
-    scores.iloc[1:].to_csv(kit / "scores.csv", index=False)
+        blind_study.unblind(folder)
+    assert not (kit / "key.csv").exists(), "unblinded only when all is scored"
+    fill(folder, "b", lambda *_: 5)
+    study_kit.make_kit(lab, saes, text, pd.read_csv(folder / "tab1_feature_study.csv"), kit)
+    interpretability = blind_study.unblind(folder)[0].query("scale == 'interpretability'").value
+    assert set(interpretability) == {6.0}, "making the kit again keeps what was scored"
+    command = [sys.executable, ROOT / "tools" / "blind_study.py", folder]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "kappa" in done.stdout, done.stderr
+    scores = pd.read_csv(kit / "scores_a.csv")
+    scores.iloc[1:].to_csv(kit / "scores_a.csv", index=False)
     with pytest.raises(ValueError, match="name different items"):
-        blind_study.unblind(kit)
+        blind_study.unblind(folder)
 
 
 def test_a_dashboard_by_what_it_shows(lab, saes, text):

@@ -139,7 +139,7 @@ class HeldoutText:
         return self.rows[self.keep].unsqueeze(-1).to(self.x.device)
 
     def losses(self, x_RLD: Tensor | None = None) -> Tensor:
-        """Nats (fp64) of each prediction that counts, with these activations in place of the model's."""
+        """Nats (fp64) of each prediction that counts, with these activations in place."""
         losses = [
             self.lm.losses(self.rows[b], self.hook_name, None if x_RLD is None else x_RLD[b])
             for b in self.batches

@@ -4,7 +4,7 @@ lab = Lab("fig6_pareto", PROFILE)                       # model, text and output
 lab.declare()                                           # its claims and their rules
 saes = lab.train_or_load(specs, lab.layer, seed, tokens)
 df = lab.run(measure)                                   # trains and measures, or redraws
-lab.judge("fig6-ce", differences, above=0)
+lab.judge()                                             # every claim, by notebooks/rules/<id>.py
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ from testbed import corpus as testbed_corpus
 from tsae.documents import Document
 from tsae.stream import max_norm_of
 
-from . import claims, data, results, training
+from . import claims, data, results, store, training
 from .profiles import PROFILES, ROOT, Profile, is_papers_setting, public_name, settings
 from .stats import Interval, bootstrap_interval, paired_interval
+from .store import with_documents
 from .style import PALETTE, SYSTEMS, label_lines, lines, plain_log
 from .training import HALF, LOOKUP, SAESpec
 
@@ -53,6 +54,7 @@ __all__ = [
     "paired_interval",
     "plain_log",
     "tu",
+    "with_documents",
 ]
 
 
@@ -71,6 +73,8 @@ class Lab:
         self.claims: dict[str, dict] = {}
         self.published_saes: dict[int, tu.TSAE] = {}
         self.max_norms: dict[int, float] = {}
+        self.store: store.Store | None = None
+        self.looks_at_final = False
         self.starts: dict[tuple[str, int], torch.Tensor] = {}  # means cost a pass of the model
         os.environ.setdefault("HF_UPDATE_DOWNLOAD_COUNTS", "0")  # nothing is sent anywhere
         torch.manual_seed(0)
@@ -132,11 +136,16 @@ class Lab:
         return f"blocks.{layer}.hook_resid_pre"
 
     def documents(self, split: str, corpus: str = "") -> Iterator[Document]:
-        """Texts of one split: lm (testbed only), sae, tune or heldout."""
+        """Texts of one split: lm (testbed only), sae, tune, heldout or final."""
         return data.documents(corpus or self.p.source.corpus, split)
 
     def rows(self, split: str, tokens: float, corpus: str = "") -> torch.Tensor:
-        """Token rows [R, L] of a split, evenly spaced, about `tokens` tokens in all."""
+        """Token rows [R, L] of a split, evenly spaced, about `tokens` tokens in all.
+
+        No decision may touch the split `final`: figures/<profile>/final_looks.csv counts the looks.
+        """
+        if split == "final":
+            self.looks_at_final = True
         return data.rows(self, split, tokens, corpus or self.p.source.corpus)
 
     @cached_property
@@ -224,6 +233,24 @@ class Lab:
         }
         return self.train_or_load(specs, self.layer, self.p.grid.seeds[0], tokens)
 
+    def measured(
+        self,
+        specs: dict[str, SAESpec],
+        layer: int,
+        seed: int,
+        tokens: int,
+        measure: Callable[[str, tu.TSAE], dict | list[dict]],
+        what: str = "heldout",
+    ) -> list[dict]:
+        """Rows of `measure(name, sae)` for every SAE, each with hashes of its origin.
+
+        Rows that a former run left are taken again; only what is missing is trained. `what` names
+        the measurement where one notebook makes several. A row's "documents" are DocumentSums.
+        """
+        if self.store is None:
+            self.store = store.Store(self.out, self.id)
+        return store.measured(self, self.store, specs, layer, seed, tokens, measure, what)
+
     # -- results --
 
     def run(self, measure: Callable, *suffixes: str):
@@ -257,42 +284,20 @@ class Lab:
         table = pd.DataFrame(self.claims).T.rename_axis("id").reset_index()
         return table[["id", "claim", "rule", "paper"]].style.hide()
 
-    def judge(
-        self, id: str, estimates, text: str = "{}", fmt: str = "+.3f", seeds: int = 1, **rule
-    ) -> str:
-        """Judge a declared claim and return its verdict.
+    def judge(self) -> pd.io.formats.style.Styler:
+        """Judge every declared claim by its rule, from the saved tables; writes <id>_claims.csv.
 
-        `estimates`: a number or an Interval, a dict of these by label, or None where nothing could
-        be tested. `rule` is `above=`, `below=` or `between=`, with `null=` where the value of no
-        effect is not the threshold. `text` says what came out, with `{}` for the estimates.
+        The rules are functions in notebooks/rules/<id>.py.
         """
-        intervals = {} if estimates is None else claims.as_intervals(estimates)
-        estimated = list(intervals.values())
-        verdict = claims.decide(estimated, **rule)
-        if is_papers_setting(self.p) and verdict != "not tested":
-            signed = claims.has_claimed_sign(estimated, **rule)
-            failed = "direction only" if signed else "not reproduced"
-            verdict = "reproduced" if verdict == "holds" else failed
-        weakest = claims.weakest(estimated, rule.get("below")) if estimated else None
-        has_interval = weakest is not None and weakest.is_known and weakest.low < weakest.high
-        self.claims[id] |= {
-            "ours": text.replace("{}", claims.as_text(intervals, fmt)),
-            "n_seeds": seeds,
-            "model": self.model_name,
-            "verdict": verdict,
-            "estimate": weakest.value if has_interval else None,
-            "low": weakest.low if has_interval else None,
-            "high": weakest.high if has_interval else None,
-        }
-        return verdict
-
-    def save_claims(self) -> pd.io.formats.style.Styler:
-        """Write <id>_claims.csv. Raises RuntimeError for a claim that was not judged."""
-        if unjudged := [id for id, claim in self.claims.items() if "verdict" not in claim]:
-            raise RuntimeError(f"declared but not judged: {', '.join(unjudged)}")
+        tables, rules = claims.Tables(self.out, self.id), claims.rules_of(self.id)
+        for id, claim in self.claims.items():
+            claim |= claims.judged(claim, rules[id](tables), is_papers_setting(self.p))
+            claim["model"] = self.model_name
         table = pd.DataFrame(self.claims).T.rename_axis("id").reset_index()[claims.COLUMNS]
         table = table.astype(dict.fromkeys(("estimate", "low", "high"), float))
         results.save_csv(self, table, "_claims")
+        if self.store is not None:
+            self.store.finish(results.configs(self))
         return table[["id", "ours", "verdict"]].style.hide()
 
     def takeaway(self, text: str) -> None:

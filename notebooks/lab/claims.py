@@ -1,5 +1,10 @@
 """Claims: declared before the run in `notebooks/claims/<id>.toml`, judged by one rule afterwards.
 
+A declaration holds the claim, the rule in words, and the threshold: `above`, `below` or `between`,
+with `null` where the value of no effect is not the threshold. `notebooks/rules/<id>.py` holds a
+function for each claim, from the committed tables to the estimates that the threshold judges. A
+verdict depends on nothing else, so anybody can judge the tables again, and no two verdicts hold.
+
 Verdicts on models other than the paper's:
 
     holds          every estimate, with its whole interval, is on the claimed side of the threshold
@@ -13,23 +18,121 @@ On the paper's own models and settings: reproduced, direction only, not reproduc
 
 from __future__ import annotations
 
+import importlib
+import json
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
-from .stats import Interval
+from .stats import Interval, crossed_ratio, paired_interval
 
 VERDICTS = ("holds", "reversed", "does not hold", "undecided", "not tested")
 PAPER_VERDICTS = ("reproduced", "direction only", "not reproduced", "not tested")
 COLUMNS = ["id", "claim", "source", "rule", "paper", "ours", "n_seeds", "model", "verdict"]
 COLUMNS += ["estimate", "low", "high"]
 Estimate = float | Interval
+THRESHOLDS = ("above", "below", "between", "null")
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What a rule finds in the tables."""
+
+    estimates: Estimate | Mapping[object, Estimate] | None  # by label; None: nothing to test
+    text: str = "{}"  # what came out, with {} for the estimates
+    fmt: str = "+.3f"
+    seeds: int = 1
+
+
+Rule = Callable[["Tables"], Evidence]
+RULES: dict[str, Rule] = {}
+
+
+def rule(id: str) -> Callable[[Rule], Rule]:
+    """Register the rule of a claim."""
+
+    def register(function: Rule) -> Rule:
+        RULES[id] = function
+        return function
+
+    return register
+
+
+def rules_of(figure_id: str) -> dict[str, Rule]:
+    """The rules of a notebook's claims, by id, from notebooks/rules/<figure_id>.py."""
+    importlib.import_module(f"rules.{figure_id}")
+    return {id: RULES[id] for id in read_claims(figure_id)}
+
+
+class Tables:
+    """The tables of one notebook, as its rules see them: `tables.main`, `tables["_lr"]`."""
+
+    def __init__(self, folder: Path, figure_id: str) -> None:
+        self.folder, self.id = folder, figure_id
+        self.read: dict[str, pd.DataFrame] = {}
+
+    def __getitem__(self, suffix: str) -> pd.DataFrame:
+        if suffix not in self.read:
+            self.read[suffix] = read_table(self.folder / f"{self.id}{suffix}.csv")
+        return self.read[suffix]
+
+    @property
+    def main(self) -> pd.DataFrame:
+        return self[""]
+
+    @cached_property
+    def profile(self) -> dict:
+        """The profile's fields, from <id>.json."""
+        return json.loads((self.folder / f"{self.id}.json").read_text())["profile"]
+
+    @property
+    def paper_sae(self) -> str:
+        """The system that stands for the paper's SAE."""
+        return "published" if self.profile["published"] else "topk"
+
+    @cached_property
+    def documents(self) -> pd.DataFrame | None:
+        """Sums over documents [config, document]; None where the tables come without."""
+        path = self.folder / f"{self.id}_documents.csv.gz"
+        if not path.exists():
+            return None
+        return pd.read_csv(path).set_index(["config", "document"])
+
+    def ratio(self, ours: pd.DataFrame, rival: pd.DataFrame, metric: str) -> Interval:
+        """`metric` (ce_added or nmse) of `ours` over that of `rival`, a row per seed in both.
+
+        Crossed over seeds and documents; over seeds alone where no sums over documents exist.
+        """
+        ours, rival = (table.sort_values("seed") for table in (ours, rival))
+        if list(ours.seed) != list(rival.seed) or ours.seed.duplicated().any() or ours.empty:
+            raise ValueError(f"{self.id}: a ratio needs one row for each seed on both sides")
+        if self.documents is None:
+            logs = np.log(ours[metric].to_numpy()) - np.log(rival[metric].to_numpy())
+            return paired_interval(logs).exp()
+        column = {"ce_added": "ce_added", "nmse": "squared_error"}[metric]
+        sums = [
+            np.stack([self.documents[column][config].to_numpy() for config in table.config])
+            for table in (ours, rival)
+        ]
+        return crossed_ratio(*sums)
+
+
+def read_table(path: Path) -> pd.DataFrame:
+    """A saved table; "None" is a token. Raises FileNotFoundError where the notebook has not run."""
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path.name} is not in {path.parent}: run this notebook once before redrawing"
+        )
+    return pd.read_csv(path, keep_default_na=False, na_values=[""])
 
 
 def read_claims(figure_id: str) -> dict[str, dict]:
-    """Claims of one notebook by id: by (paper or ours), claim, source, rule and paper."""
+    """Claims of one notebook by id: by (paper or ours), claim, source, rule, paper, threshold."""
     path = Path(__file__).resolve().parents[1] / "claims" / f"{figure_id}.toml"
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
@@ -75,6 +178,33 @@ def decide(
     if any(i.high <= threshold for i in intervals):
         return "does not hold"
     return "undecided"
+
+
+def threshold_of(claim: Mapping) -> dict:
+    """The threshold of a declared claim, as `decide` takes it."""
+    return {name: claim[name] for name in THRESHOLDS if name in claim}
+
+
+def judged(claim: Mapping, evidence: Evidence, on_the_papers_setting: bool) -> dict:
+    """What the evidence says about a claim: ours, n_seeds, verdict, estimate, low and high."""
+    threshold = threshold_of(claim)
+    intervals = {} if evidence.estimates is None else as_intervals(evidence.estimates)
+    estimated = list(intervals.values())
+    verdict = decide(estimated, **threshold)
+    if on_the_papers_setting and verdict != "not tested":
+        signed = has_claimed_sign(estimated, **threshold)
+        failed = "direction only" if signed else "not reproduced"
+        verdict = "reproduced" if verdict == "holds" else failed
+    shown = weakest(estimated, threshold.get("below")) if estimated else None
+    has_interval = shown is not None and shown.is_known and shown.low < shown.high
+    return {
+        "ours": evidence.text.replace("{}", as_text(intervals, evidence.fmt)),
+        "n_seeds": evidence.seeds,
+        "verdict": verdict,
+        "estimate": shown.value if has_interval else None,
+        "low": shown.low if has_interval else None,
+        "high": shown.high if has_interval else None,
+    }
 
 
 def has_claimed_sign(

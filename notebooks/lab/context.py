@@ -28,6 +28,7 @@ class Context(Protocol):
     context_size: int
     weights_sha256: str
     corpus_hash: str
+    looks_at_final: bool  # whether the split `final` was read
     train_rows: torch.Tensor  # [R, L]
 
     def hook(self, layer: int) -> str: ...

@@ -14,8 +14,10 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import torch
 
+from .claims import read_table
 from .context import Context
 from .profiles import ROOT
+from .store import code_hash
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -50,22 +52,37 @@ def save_csv(lab: Context, table: pd.DataFrame, suffix: str) -> None:
         "model_hash": lab.lm.fingerprint,
         "weights_sha256": lab.weights_sha256,
         "corpus_hash": lab.corpus_hash,
+        "code": code_hash(),
         "torch": torch.__version__.split("+")[0],
         "device": str(lab.lm.device),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores",
         "seconds": round(time.time() - lab.started),
     }
     write(lab.out, f"{lab.id}.json", json.dumps(record, indent=1) + "\n")
+    if lab.looks_at_final:
+        count_look(lab)
 
 
 def read_csv(lab: Context, suffix: str) -> pd.DataFrame:
     """A saved table. Raises FileNotFoundError where the notebook has not run."""
-    path = lab.out / f"{lab.id}{suffix}.csv"
-    if not path.exists():
-        raise FileNotFoundError(
-            f"{path.name} is not in {path.parent}: run this notebook once before redrawing"
-        )
-    return pd.read_csv(path, keep_default_na=False, na_values=[""])  # "None" is a token
+    return read_table(lab.out / f"{lab.id}{suffix}.csv")
+
+
+def count_look(lab: Context) -> None:
+    """Add a line to final_looks.csv: this notebook has measured on the split `final`."""
+    path = lab.out / "final_looks.csv"
+    lines = path.read_text().splitlines() if path.exists() else ["look,id,code,corpus_hash"]
+    lines.append(f"{len(lines)},{lab.id},{code_hash()},{lab.corpus_hash}")
+    write(lab.out, path.name, "\n".join(lines) + "\n")
+
+
+def configs(lab: Context) -> list[str]:
+    """The configurations of the rows in the notebook's tables."""
+    found: dict[str, None] = {}
+    for path in sorted(lab.out.glob(f"{lab.id}*.csv")):
+        if path.name != f"{lab.id}.partial.csv":
+            found |= dict.fromkeys(pd.read_csv(path, dtype=str).get("config", pd.Series()).dropna())
+    return list(found)
 
 
 def savefig(lab: Context, figure: plt.Figure, title: str, suffix: str) -> None:

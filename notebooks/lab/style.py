@@ -34,6 +34,7 @@ SYSTEMS = {
     "gated": {"color": BLUE, "marker": "h", "linestyle": "-"},
     "gated+lookup": {"color": ORANGE, "marker": "H", "linestyle": "-"},
     "gated+lookup (1e-4)": {"color": DARK_ORANGE, "marker": "8", "linestyle": ":"},
+    "untrained": {"color": "0.5", "marker": "x", "linestyle": ":"},
     "published": {"color": DARK_BLUE, "marker": "D", "linestyle": "-."},
 }
 PALETTE = {name: look["color"] for name, look in SYSTEMS.items()}

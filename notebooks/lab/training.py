@@ -18,6 +18,7 @@ from .context import Context
 
 CACHE_VERSION = {"batchtopk": 4}  # 3 for the others; raise it when training changes the weights
 
+MOST_IN_A_PASS = 16  # SAEs: a record that is stopped in a pass loses that pass
 # Table and encoder start at half scale, as in the authors' revised code: their sum starts at x.
 HALF = {"table_scale": 0.5, "encoder_scale": 0.5}
 LOOKUP = {"start": "unigram", **HALF}
@@ -41,12 +42,20 @@ class SAESpec:
     aux_k: int = 0  # dead features that model the error (AuxK)
     start_l0: float = 0.0  # relu, gated: features active per token at the start
     subtract_lookup: bool = False  # the encoder sees x minus the token's row
+    kaiming: bool = False  # the encoder starts Kaiming-normal, as in the workshop manuscript
     curve: int = 0  # held-out tokens for measurements during training
 
     @property
     def has_table(self) -> bool:
         """Whether this is a tokenized SAE."""
         return bool(self.start)
+
+
+def spec_changes(spec: SAESpec) -> dict:
+    """Fields of a specification that differ from their defaults: a new field changes no key."""
+    return {
+        f.name: getattr(spec, f.name) for f in fields(SAESpec) if getattr(spec, f.name) != f.default
+    }
 
 
 def new_sae(lab: Context, spec: SAESpec, layer: int, seed: int) -> tu.TSAE:
@@ -64,15 +73,23 @@ def new_sae(lab: Context, spec: SAESpec, layer: int, seed: int) -> tu.TSAE:
         hook_name=lab.hook(layer),
         context_size=lab.context_size,
     )
-    if not spec.has_table:
-        return tu.TSAE(cfg).to(lab.lm.device)
+    lookup = None
+    if spec.has_table:
+        lookup = tu.TokenLookup(table_of(lab, spec, layer, seed), trainable=not spec.frozen)
+    sae = tu.TSAE(cfg, lookup)
+    if spec.kaiming:
+        generator = torch.Generator().manual_seed(seed)
+        torch.nn.init.kaiming_normal_(sae.W_enc_FD.data, generator=generator)
+    return sae.to(lab.lm.device)
+
+
+def table_of(lab: Context, spec: SAESpec, layer: int, seed: int) -> torch.Tensor:
+    """Rows of the table before training [V, D]."""
     table = lab.table_start("mean" if spec.start == "mean" else "unigram", layer)
     if spec.start == "shuffled":
         order = torch.randperm(len(table), generator=torch.Generator().manual_seed(seed))
         table = table[order.to(table.device)]
-    scale = 0.0 if spec.start == "zero" else spec.table_scale
-    lookup = tu.TokenLookup(scale * table, trainable=not spec.frozen)
-    return tu.TSAE(cfg, lookup).to(lab.lm.device)
+    return (0.0 if spec.start == "zero" else spec.table_scale) * table
 
 
 def train_config(lab: Context, spec: SAESpec, tokens: int) -> tu.TrainConfig:
@@ -97,11 +114,8 @@ def dead_window(tokens: int) -> int:
 
 def cache_folder(lab: Context, spec: SAESpec, layer: int, seed: int, tokens: int) -> Path:
     """Where this SAE is kept once it is trained."""
-    changed = {  # fields at their defaults are left out, so that a new field changes no key
-        f.name: getattr(spec, f.name) for f in fields(SAESpec) if getattr(spec, f.name) != f.default
-    }
     recipe = lab.p.recipe
-    key = [CACHE_VERSION.get(spec.activation, 3), changed, layer, seed, tokens]
+    key = [CACHE_VERSION.get(spec.activation, 3), spec_changes(spec), layer, seed, tokens]
     key += [recipe.batch_size, recipe.buffer_tokens, lab.lm.fingerprint, lab.lm.bf16]
     key += [hashlib.sha256(lab.train_rows.numpy().tobytes()).hexdigest()]
     if recipe.lr_end > 0:
@@ -125,7 +139,14 @@ def train_or_load(
     lock.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(lock):  # a second process waits, then loads
         missing = {name: s for name, s in specs.items() if not folders[name].exists()}
-        for group in passes(lab, missing):
+        groups = passes(lab, missing)
+        if groups:
+            most = max(sum(gib(lab, spec) for spec in group.values()) for group in groups)
+            print(
+                f"training {len(missing)} SAEs in {len(groups)} pass(es) of the language model, "
+                f"{most:.2f} GiB with Adam and gradients"
+            )
+        for group in groups:
             train_group(lab, group, folders, layer, seed, tokens)
     saes = {}
     for name, folder in folders.items():
@@ -170,27 +191,25 @@ def train_group(
 
 def passes(lab: Context, specs: dict[str, SAESpec]) -> list[dict[str, SAESpec]]:
     """Specifications in groups that fit into the profile's memory limit, at least one each."""
-    limit = lab.p.recipe.gib
-    groups, free, largest = [], 0.0, 0.0
+    groups, free = [], 0.0
     for name, spec in specs.items():
-        table = lab.lm.n_vocab * lab.lm.d_model if spec.has_table else 0
-        parameters = spec.d_sae * (2 * lab.lm.d_model + 1) + table
-        needed = 16 * parameters  # bytes: fp32 weights, gradients and Adam's two moments
-        if spec.curve:
-            needed += 4 * table  # a curve compares the table with its start
-        gib = needed / 2**30
-        if not groups or gib > free:
+        needed = gib(lab, spec)
+        if not groups or needed > free or len(groups[-1]) == MOST_IN_A_PASS:
             groups.append({})
-            free = limit
+            free = lab.p.recipe.gib
         groups[-1][name] = spec
-        free -= gib
-        largest = max(largest, limit - free)
-    if groups:
-        print(
-            f"training {len(specs)} SAEs in {len(groups)} pass(es) of the language model, "
-            f"{largest:.2f} GiB with Adam and gradients"
-        )
+        free -= needed
     return groups
+
+
+def gib(lab: Context, spec: SAESpec) -> float:
+    """Memory of an SAE in training."""
+    table = lab.lm.n_vocab * lab.lm.d_model if spec.has_table else 0
+    parameters = spec.d_sae * (2 * lab.lm.d_model + 1) + table
+    needed = 16 * parameters  # bytes: fp32 weights, gradients and Adam's two moments
+    if spec.curve:
+        needed += 4 * table  # a curve compares the table with its start
+    return needed / 2**30
 
 
 def measure_during_training(

@@ -1,0 +1,23 @@
+"""Rules of figure 3."""
+
+from __future__ import annotations
+
+from lab.claims import Evidence, Tables, rule
+from lab.stats import Interval
+
+
+@rule("fig3-top")
+def one_feature_above_all(t: Tables) -> Evidence:
+    share = t.main.pivot(index=["layer", "seed"], columns="kind", values="share_50")
+    mean = share.groupby("layer").mean()
+    text = "; ".join(f"layer {i}: {r.unigram:.0%} against {r.text:.0%}" for i, r in mean.iterrows())
+    return Evidence((share.unigram - share.text).to_dict(), text, seeds=t.main.seed.nunique())
+
+
+@rule("fig3-sparser")
+def fewer_than_in_text(t: Tables) -> Evidence:
+    unigrams = t.main[t.main.kind == "unigram"]
+    bounds = {"less_than_text": "mean", "low": "min", "high": "max"}
+    table = unigrams.groupby("layer").agg(bounds)
+    estimates = {f"layer {layer}": Interval(*row) for layer, row in table.iterrows()}
+    return Evidence(estimates, fmt="+.0f", seeds=t.main.seed.nunique())
