@@ -291,7 +291,7 @@ class Lab:
         """
         tables, rules = claims.Tables(self.out, self.id), claims.rules_of(self.id)
         for id, claim in self.claims.items():
-            claim |= claims.judged(claim, rules[id](tables), is_papers_setting(self.p))
+            claim |= claims.judged(claim, claims.find(rules[id], tables), is_papers_setting(self.p))
             claim["model"] = self.model_name
         table = pd.DataFrame(self.claims).T.rename_axis("id").reset_index()[claims.COLUMNS]
         table = table.astype(dict.fromkeys(("estimate", "low", "high"), float))

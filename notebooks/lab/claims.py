@@ -22,7 +22,7 @@ import importlib
 import json
 import tomllib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -75,6 +75,7 @@ class Tables:
     def __init__(self, folder: Path, figure_id: str) -> None:
         self.folder, self.id = folder, figure_id
         self.read: dict[str, pd.DataFrame] = {}
+        self.is_over_seeds_only = False  # whether a ratio was asked for that lacked documents
 
     def __getitem__(self, suffix: str) -> pd.DataFrame:
         if suffix not in self.read:
@@ -112,6 +113,7 @@ class Tables:
         if list(ours.seed) != list(rival.seed) or ours.seed.duplicated().any() or ours.empty:
             raise ValueError(f"{self.id}: a ratio needs one row for each seed on both sides")
         if self.documents is None:
+            self.is_over_seeds_only = True
             logs = np.log(ours[metric].to_numpy()) - np.log(rival[metric].to_numpy())
             return paired_interval(logs).exp()
         column = {"ce_added": "ce_added", "nmse": "squared_error"}[metric]
@@ -178,6 +180,15 @@ def decide(
     if any(i.high <= threshold for i in intervals):
         return "does not hold"
     return "undecided"
+
+
+def find(rule: Rule, tables: Tables) -> Evidence:
+    """The evidence of a rule; its text says where intervals lack the documents."""
+    tables.is_over_seeds_only = False
+    evidence = rule(tables)
+    if tables.is_over_seeds_only:
+        evidence = replace(evidence, text=evidence.text + "; intervals over seeds only")
+    return evidence
 
 
 def threshold_of(claim: Mapping) -> dict:

@@ -50,7 +50,7 @@ def code_hash() -> str:
             first = body[0] if isinstance(body, list) and body else None
             if isinstance(getattr(getattr(first, "value", None), "value", None), str):
                 body[0] = ast.Pass()  # a docstring
-        trees.append(ast.dump(tree))
+        trees.append(ast.unparse(tree))
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:12]
 
 

@@ -62,5 +62,5 @@ def auxk_gains_more(t: Tables) -> Evidence:
 def still_better_with_auxk(t: Tables) -> Evidence:
     end = ends(t)
     ours, rival = (end[end.arm == s + AUXK] for s in ("topk+lookup", "topk"))
-    text = f"{ours.nmse.mean():.4f} against {rival.nmse.mean():.4f}; x {{}}"
+    text = f"{ours.nmse.mean():.4f} against {rival.nmse.mean():.4f}; ratio {{}}"
     return Evidence(t.ratio(ours, rival, "nmse"), text, ".2f", len(ours))

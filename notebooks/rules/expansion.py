@@ -23,7 +23,7 @@ def register_ratio(id: str, rival: str) -> None:
             f"{e}x": t.ratio(at(t, "topk+lookup", e), at(t, rival, e), "ce_added")
             for e in sorted(t.main.expansion.unique())
         }
-        return Evidence(ratios, "x {}", ".2f", t.main.seed.nunique())
+        return Evidence(ratios, "{}", ".2f", t.main.seed.nunique())
 
     rule(id)(judge)
 
@@ -40,7 +40,7 @@ def no_sae_catches_up(t: Tables) -> Evidence:
     ours, rival = at(t, "topk+lookup", main_width(t)), at(t, system, width)
     text = f"{ours.ce_added.mean():.4f} against {rival.ce_added.mean():.4f} ({system}, {width}x)"
     ratio = t.ratio(ours, rival, "ce_added")
-    return Evidence(ratio, text + "; x {}", ".2f", t.main.seed.nunique())
+    return Evidence(ratio, text + "; ratio {}", ".2f", t.main.seed.nunique())
 
 
 @rule("expansion-25")

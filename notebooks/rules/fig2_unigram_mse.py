@@ -51,7 +51,7 @@ def error_ratios(t: Tables, kind: str) -> pd.DataFrame:
 
 def by_layer(logs: pd.DataFrame) -> Evidence:
     ratios = {f"layer {i}": paired_interval(row).exp() for i, row in logs.iterrows()}
-    return Evidence(ratios, "NMSE x {}", ".2f", logs.shape[1])
+    return Evidence(ratios, "{}", ".2f", logs.shape[1])
 
 
 @rule("fig2-lone")

@@ -24,7 +24,7 @@ def seeds(t: Tables) -> int:
 def ratios(t: Tables, rival: str, metric: str) -> Evidence:
     """The TSAE's metric over the rival's at every k."""
     found = {f"k={k:g}": t.ratio(at(t, "topk+lookup", k), at(t, rival, k), metric) for k in ks(t)}
-    return Evidence(found, "x {}", ".2f", seeds(t))
+    return Evidence(found, "{}", ".2f", seeds(t))
 
 
 def register_ratio(id: str, rival: str, metric: str) -> None:
@@ -41,7 +41,7 @@ for rival in ("topk-k+1", "topk-size-matched", "topk-half-encoder"):
 def a_fifth_near_8(t: Tables) -> Evidence:
     k = min(ks(t), key=lambda k: abs(k - 8))
     ratio = t.ratio(at(t, "topk+lookup", k), at(t, "topk", k), "ce_added")
-    return Evidence(ratio, f"x {{}} at k={k:g}", ".2f", seeds(t))
+    return Evidence(ratio, f"{{}} at k={k:g}", ".2f", seeds(t))
 
 
 @rule("fig6-sparse")
@@ -51,7 +51,7 @@ def more_at_small_k(t: Tables) -> Evidence:
     if len(ratio) < 2:
         return Evidence(None, "one k", seeds=seeds(t))
     ends = ratio.iloc[[0, -1]]
-    text = ", ".join(f"x {r:.2f} (k={k:g})" for k, r in ends.mean(axis=1).items())
+    text = ", ".join(f"{r:.2f} (k={k:g})" for k, r in ends.mean(axis=1).items())
     change = paired_interval(np.log(ends.iloc[0]) - np.log(ends.iloc[1])).exp()
     return Evidence(change, f"{text}; ratio of the two {{}}", ".2f", seeds(t))
 
@@ -61,7 +61,9 @@ def register_l0(id: str, system: str, reference: str, metric: str = "ce_added") 
 
     def judge(t: Tables) -> Evidence:
         interval = pareto.l0_interval(t.main, system, reference, metric)
-        text = "L0 x {}" if interval.is_known else "one seed, or curves that share too little"
+        text = (
+            "{} times the L0" if interval.is_known else "one seed, or curves that share too little"
+        )
         return Evidence(interval, text, ".2f", seeds(t))
 
     rule(id)(judge)

@@ -23,7 +23,7 @@ def compare(t: Tables, better: str, *others: str) -> Evidence:
     mean = means(t)
     ratios = {name: t.ratio(arm(t, name), arm(t, better), "nmse") for name in others}
     words = ", ".join(f"{mean[name]:.4f} ({name})" for name in others)
-    text = f"{words} against {mean[better]:.4f} ({better}); x {{}}"
+    text = f"{words} against {mean[better]:.4f} ({better}); ratio {{}}"
     return Evidence(
         ratios if len(others) > 1 else ratios[others[0]], text, ".2f", len(arm(t, better))
     )
