@@ -164,9 +164,12 @@ def causal_locality(acts_PF: Tensor, suffix_acts_PF: Tensor) -> Tensor:
     last tokens are in view; 0 where the two do not go together. Nothing is fitted across texts, so
     a trigram that occurs once counts like any other. This measure is ours.
     """
-    a, b = (acts - acts.mean(0) for acts in (acts_PF.float(), suffix_acts_PF.float()))
-    r = (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-9)
-    return r.clamp(min=0).square()
+    shares = []
+    for parts in zip(acts_PF.split(64, 1), suffix_acts_PF.split(64, 1), strict=True):
+        a, b = (acts.double() - acts.double().mean(0) for acts in parts)  # sums over many positions
+        r = (a * b).sum(0) / (a.norm(dim=0) * b.norm(dim=0)).clamp(min=1e-9)
+        shares.append(r.clamp(min=0).square().float())
+    return torch.cat(shares)
 
 
 @torch.no_grad()
@@ -191,7 +194,7 @@ def feature_table(sae: tu.TSAE, text: Text, features: Tensor, orders: int = 3) -
     """
     groups = [text.last(n) for n in range(1, orders + 1)]
     tables = []
-    for part in tqdm(features.split(256), desc="locality"):
+    for part in tqdm(features.split(512), desc="locality"):
         chosen = part.to(sae.W_dec.device)
         acts = activations(sae, text, chosen)
         share, coverage = locality(acts, groups, text.document)

@@ -13,34 +13,15 @@ from pathlib import Path
 
 import dashboard
 import features as ft
-import numpy as np
 import pandas as pd
 from lab import Lab, tu
+from lab.blind import RATERS, SCALES, draw_items
 
-SCALES = ("interpretability", "complexity")
-RATERS = ("a", "b")
-FEATURES = 30  # of each SAE
 INSTRUCTIONS = (
     "Score every item in your scores file, 1 to 10 on both scales, without talking to the other "
     "rater. Interpretability: 1-4 no pattern, 5-7 noisy, 8-10 clear. "
     "Complexity: 1-3 a single token, 4-6 a simple pattern, 7-10 a meaning."
 )
-
-
-def draw_items(table: pd.DataFrame, n_features: int = FEATURES, seed: int = 0) -> pd.DataFrame:
-    """Items in the order of the kit: item, system, feature.
-
-    `table` has a row for each sampled feature: system, seed, feature. At most `n_features` of the
-    first seed are drawn for each system, and equally many.
-    """
-    rng = np.random.default_rng(seed)
-    first = table[table.seed == table.seed.min()].sort_values(["system", "feature"])
-    n = min([n_features, *first.groupby("system").size()])
-    parts = [part.iloc[rng.permutation(len(part))[:n]] for _, part in first.groupby("system")]
-    drawn = pd.concat(parts)[["system", "feature"]]
-    drawn = drawn.iloc[rng.permutation(len(drawn))].reset_index(drop=True)
-    drawn.insert(0, "item", [f"item {i:02d}" for i in range(1, len(drawn) + 1)])
-    return drawn
 
 
 def make_kit(

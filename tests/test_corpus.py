@@ -109,7 +109,7 @@ def test_heldout_overlap_is_low():
 
 
 def test_unknown_split():
-    message = "unknown split 'test': expected one of lm, sae, tune, heldout"
+    message = "unknown split 'test': expected one of lm, sae, tune, heldout, final"
     with pytest.raises(ValueError, match=message):
         corpus.documents("test")
 

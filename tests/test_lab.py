@@ -30,7 +30,16 @@ from lab import (
     training,
     tu,
 )
-from lab.claims import COLUMNS, PAPER_VERDICTS, VERDICTS, decide, read_claims, scorecard
+from lab import claims as lab_claims
+from lab.claims import (
+    COLUMNS,
+    PAPER_VERDICTS,
+    VERDICTS,
+    Evidence,
+    decide,
+    read_claims,
+    scorecard,
+)
 from lab.profiles import GPT2
 from lab.style import spread
 
@@ -130,9 +139,13 @@ def test_splits_of_another_corpus_are_disjoint(lab):
     numbered = [f"w{i % 60 + 2} document {i}" for i in range(1000)]
     with open(lab.p.source.corpus, "w") as file:
         file.writelines(json.dumps({"text": text}) + "\n" for text in numbered)
-    parts = {split: list(lab.documents(split)) for split in ("sae", "tune", "heldout")}
+    parts = {split: list(lab.documents(split)) for split in ("sae", "tune", "heldout", "final")}
     assert sorted(text for part in parts.values() for text in part) == sorted(numbered)
-    assert len(parts["sae"]) > 700 and len(parts["heldout"]) > 100 and len(parts["tune"]) > 20
+    assert (
+        len(parts["sae"]) > 700
+        and min(len(parts["heldout"]), len(parts["final"])) > 40
+        and len(parts["tune"]) > 20
+    )
 
 
 def test_rows_are_a_sample_of_the_whole_split(lab):
@@ -311,11 +324,26 @@ def test_one_seed_decides_nothing(intervals, threshold, place):
 
 
 @pytest.fixture
-def claims(lab) -> Lab:
-    """A lab with two claims declared."""
+def claims(lab, monkeypatch):
+    """A lab with two claims declared, whose rules find what is given: `claims(a=1.0, b=None)`.
+
+    Returns the saved table by claim. Thresholds are above 0.
+    """
     declared = {"claim": "A claim.", "source": "paper", "rule": "a stated rule", "paper": "1"}
-    lab.claims = {"a": dict(declared), "b": dict(declared)}
-    return lab
+    lab.run(lambda: pd.DataFrame({"x": [1.0]}))
+
+    def judge(threshold: dict = {"above": 0}, **found) -> pd.DataFrame:  # noqa: B006
+        lab.claims = {id: declared | threshold for id in found}
+        evidence = {k: v if isinstance(v, Evidence) else Evidence(v) for k, v in found.items()}
+        rules = {id: lambda tables, e=e: e for id, e in evidence.items()}
+        monkeypatch.setattr(lab_claims, "rules_of", lambda figure_id: rules)
+        judge.shown = lab.judge().to_html()
+        path = lab.out / "fig6_pareto_claims.csv"
+        types = {"ours": str}
+        return pd.read_csv(path, dtype=types, keep_default_na=False, na_values=[""]).set_index("id")
+
+    judge.lab = lab
+    return judge
 
 
 def test_claims_are_declared_from_their_file(lab):
@@ -324,24 +352,25 @@ def test_claims_are_declared_from_their_file(lab):
     assert all(id in shown for id in lab.claims)
 
 
-def test_claims_must_be_judged(claims):
-    claims.judge("a", 1.0, above=0)
-    with pytest.raises(RuntimeError, match="declared but not judged: b"):
-        claims.save_claims()
-    with pytest.raises(KeyError):
-        claims.judge("undeclared", 1.0, above=0)
-    assert claims.judge("b", None) == "not tested"
-    shown = claims.save_claims().to_html()
-    assert ">holds</td>" in shown and ">not tested</td>" in shown
-    saved = pd.read_csv(claims.out / "fig6_pareto_claims.csv", keep_default_na=False)
-    assert list(saved.columns) == COLUMNS and list(saved.verdict) == ["holds", "not tested"]
-    assert "| A claim. | paper | 1 | +1.000 | 1 | **holds** |" in scorecard(saved)
+def test_every_declared_claim_is_judged(claims):
+    saved = claims(a=1.0, b=None)
+    assert ">holds</td>" in claims.shown and ">not tested</td>" in claims.shown
+    assert list(saved.reset_index().columns) == COLUMNS
+    assert list(saved.verdict) == ["holds", "not tested"]
+    assert "| A claim. | paper | 1 | +1.000 | 1 | **holds** |" in scorecard(saved.fillna(""))
+
+
+def test_a_claim_without_a_rule_is_an_error(claims, monkeypatch):
+    claims(a=1.0)
+    monkeypatch.setattr(lab_claims, "rules_of", lambda figure_id: {})
+    with pytest.raises(KeyError, match="a"):
+        claims.lab.judge()
 
 
 def test_estimates_in_words(claims):
     def words(estimates, text="{}", **options) -> str:
-        claims.judge("a", estimates, text, above=0, **options)
-        return claims.claims["a"]["ours"]
+        ours = claims(a=Evidence(estimates, text, **options)).ours["a"]
+        return "" if pd.isna(ours) else ours
 
     interval = Interval(0.25, 0.125, 0.375)
     assert words(0.25) == "+0.250"
@@ -356,21 +385,17 @@ def test_estimates_in_words(claims):
 
 def test_claims_hold_the_estimate_that_decides(claims):
     strong, weak = Interval(3.0, 2.0, 4.0), Interval(2.5, 0.5, 4.5)
-    claims.judge("a", {"k=4": strong, "k=8": weak}, seeds=3, above=0)
-    claims.judge("b", {"k=4": strong, "k=8": weak}, seeds=3, below=0)
-    claims.save_claims()
-    saved = pd.read_csv(claims.out / "fig6_pareto_claims.csv")
-    assert saved[["estimate", "low", "high"]].values.tolist() == [[2.5, 0.5, 4.5]] * 2
+    both = Evidence({"k=4": strong, "k=8": weak}, seeds=3)
+    for threshold in ({"above": 0}, {"below": 0}):
+        saved = claims(threshold, a=both)
+        assert saved[["estimate", "low", "high"]].values.tolist() == [[2.5, 0.5, 4.5]]
     assert set(saved.n_seeds) == {3} and set(saved.model) == {"model"}
     for estimates in (1.0, ONE_SEED, None, {"a": 1.0, "b": ONE_SEED}):  # nothing has an interval
-        claims.judge("a", estimates, above=0)
-    claims.save_claims()
-    saved = pd.read_csv(claims.out / "fig6_pareto_claims.csv")
-    assert saved.loc[0, ["estimate", "low", "high"]].isna().all() and saved.estimate[1] == 2.5
+        saved = claims(a=estimates, b=both)
+        assert saved.loc["a", ["estimate", "low", "high"]].isna().all() and saved.estimate.b == 2.5
 
 
 def test_only_the_papers_models_can_reproduce(claims):
-    claims.model_name = "gpt2"
     source = GPT2.source
     for name, changes, reason in (
         ("smoke", {"model": source.model, "corpus": source.corpus}, "another budget"),
@@ -379,9 +404,9 @@ def test_only_the_papers_models_can_reproduce(claims):
         ("gpt2", {"model": "gpt2-medium"}, "another model"),
         ("gpt2", {"tokens": 300_000}, "a rehearsal"),
     ):
-        claims.p = PROFILES[name].with_changes(name, **changes)
-        assert claims.judge("a", 1.0, above=0) == "holds", reason
-        assert claims.judge("a", -1.0, above=0) == "reversed", reason
+        claims.lab.p = PROFILES[name].with_changes(name, **changes)
+        verdicts = list(claims(a=1.0, b=-1.0).verdict)
+        assert verdicts == ["holds", "reversed"], reason
 
 
 @pytest.mark.parametrize(
@@ -398,20 +423,18 @@ def test_only_the_papers_models_can_reproduce(claims):
     ],
 )
 def test_verdicts_on_the_papers_models(claims, estimates, verdict):
-    claims.model_name = "gpt2"
-    claims.p = GPT2.with_changes("gpt2", gib=4.0)  # the memory limit changes no number
+    claims.lab.p = GPT2.with_changes("gpt2", gib=4.0)  # the memory limit changes no number
     assert verdict in PAPER_VERDICTS
-    assert claims.judge("a", estimates, above=0) == verdict
+    assert claims(a=estimates).verdict["a"] == verdict
 
 
 def test_the_direction_is_seen_from_no_effect(claims):
     """A ratio that should be below 0.8 has the paper's direction below 1."""
-    claims.model_name, claims.p = "gpt2", GPT2
-    ratios = {0.7: "reproduced", 0.9: "direction only", 1.1: "not reproduced"}
-    for ratio, verdict in ratios.items():
-        assert claims.judge("a", ratio, below=0.8, null=1) == verdict
-    assert claims.judge("a", 0.0, between=(-1, 1)) == "reproduced"
-    assert claims.judge("a", 2.0, between=(-1, 1)) == "not reproduced", "a margin has no direction"
+    claims.lab.p = GPT2
+    found = claims({"below": 0.8, "null": 1}, a=0.7, b=0.9, c=1.1)
+    assert list(found.verdict) == ["reproduced", "direction only", "not reproduced"]
+    found = claims({"between": [-1, 1]}, a=0.0, b=2.0)
+    assert list(found.verdict) == ["reproduced", "not reproduced"], "a margin has no direction"
 
 
 # -- labels --

@@ -13,6 +13,7 @@ import pandas as pd
 import pytest
 import study_kit
 from lab import Lab, SAESpec
+from lab.blind import draw_items
 
 from conftest import ROOT
 
@@ -52,7 +53,7 @@ def folder(lab, saes, text, tmp_path):
 def fill(folder, rater: str, value) -> None:
     """Fill in a rater's scores; interpretability is `value(system, number of the item)`."""
     path = folder / "tab1_feature_study_kit" / f"scores_{rater}.csv"
-    items = study_kit.draw_items(pd.read_csv(folder / "tab1_feature_study.csv"))
+    items = draw_items(pd.read_csv(folder / "tab1_feature_study.csv"))
     scores = pd.read_csv(path)
     scores["interpretability"] = [value(s, i) for i, s in enumerate(items.system)]
     scores["complexity"] = [4 + i % 3 for i in range(len(items))]
@@ -64,7 +65,7 @@ def test_the_kit_hides_its_source_and_unblinding_finds_it(folder):
     files = sorted(path.name for path in kit.iterdir())
     assert files == ["items.html", "scores_a.csv", "scores_b.csv"], "no key beside the items"
     page = (kit / "items.html").read_text()
-    items = study_kit.draw_items(pd.read_csv(folder / "tab1_feature_study.csv"))
+    items = draw_items(pd.read_csv(folder / "tab1_feature_study.csv"))
     assert re.findall("<h2>(.*?)</h2>", page) == list(items["item"])
     assert list(items["item"]) == [f"item {i:02d}" for i in range(1, 7)]
     assert items.system.value_counts().to_dict() == {"one": 3, "two": 3}

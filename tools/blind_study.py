@@ -21,10 +21,8 @@ import numpy as np
 import pandas as pd
 from sklearn.metrics import cohen_kappa_score
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "notebooks"))
-
-from lab.stats import bootstrap_interval
-from study_kit import RATERS, SCALES, draw_items
+from notebooks.lab.blind import RATERS, SCALES, draw_items
+from notebooks.lab.stats import bootstrap_interval
 
 
 def read_scores(kit: Path, rater: str) -> pd.DataFrame:

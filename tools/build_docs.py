@@ -17,12 +17,14 @@ import nbformat
 import pandas as pd
 from PIL import Image
 
+import tsae_utils as tu
 from notebooks.lab.claims import VERDICTS, read_claims, scorecard
-from notebooks.lab.profiles import ROOT
+from notebooks.lab.profiles import PROFILES, ROOT, Profile
 
 RECORD = ROOT / "figures" / "record"
 BENCHMARKS = ROOT / "benchmarks" / "results"
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("[0-9][0-9]_*.ipynb"))
+TABLE_2 = RECORD / "tab2_hyperparameters.csv"
 PEERS = "sparsify|saelens"
 
 
@@ -133,6 +135,55 @@ def verdicts() -> str:
         summary = f"{len(claims)} claims: {count_verdicts(claims)}."
         parts.append(f"### {titles[origin]}\n\n{summary}\n\n{scorecard(claims)}")
     return "\n\n".join(parts)
+
+
+def hyperparameters() -> pd.DataFrame:
+    """Table 2: the paper's settings, those of the authors' code, and ours by profile."""
+    table = pd.read_csv(ROOT / "notebooks" / "paper_hyperparameters.csv")
+    for name in ("record", "gpt2", "pythia"):
+        values = settings_of(PROFILES[name])
+        table[name] = [values[setting] for setting in table.ours]
+    return table.drop(columns="ours")
+
+
+def settings_of(p: Profile) -> dict[str, str]:
+    """A profile's hyperparameters in words."""
+    train, sae = tu.TrainConfig(), tu.TSAEConfig(d_in=1, d_sae=1, k=1)
+    shown = {
+        name: value
+        for group in (p.source, p.grid, p.recipe, p.budget)
+        for name, value in vars(group).items()
+    }
+
+    def listed(values: tuple) -> str:
+        return ", ".join(f"{value:g}" for value in values)
+
+    words = {name: f"{v:,}" if isinstance(v, int) else str(v) for name, v in shown.items()}
+    words |= {name: listed(shown[name]) for name in ("ks", "l1s")}
+    words |= {
+        "layers": f"{listed(p.grid.depths)} of the depth, main {p.grid.depth:g}",
+        "optimiser": "Adam (0.9, 0.999)",
+        "lrs": f"best of {listed(p.recipe.lrs)}" if len(p.recipe.lrs) > 1 else listed(p.recipe.lrs),
+        "lr_lookup": f"{train.lr_lookup:g}",
+        "lr_end": f"cosine to {p.recipe.lr_end:g} of the rate",
+        "l1_warmup": f"first {train.l1_warmup:.0%} of steps",
+        "table_start": "0.5 A([BOS, t])_1",
+        "encoder_start": "0.5 W_dec^T with a table; W_dec^T without",
+        "decoder_init_norm": f"{sae.decoder_init_norm:g} at the start, free afterwards",
+        "seeds": str(len(p.grid.seeds)),
+        "aux_k": "none; notebook 13 tries it",
+    }
+    return {
+        name: text.replace("0.333333", "1/3").replace("0.666667", "2/3")
+        for name, text in words.items()
+    }
+
+
+def table_2() -> str:
+    """Table 2 in Markdown."""
+    rows = hyperparameters()
+    heads = ["setting", "paper (W)", "authors' code", *(f"`{n}`" for n in rows.columns[3:])]
+    return table(heads, rows.astype(str).to_numpy().tolist())
 
 
 def histories() -> str:
@@ -281,6 +332,7 @@ DOCUMENTS: dict[str, dict[str, Callable[[], str]]] = {
         "answers": answers,
         "gallery": gallery,
         "verdicts": verdicts,
+        "table 2": table_2,
         "histories": histories,
     },
     "docs/speed.md": {"summary": speed_summary, "table": speed_table, "profile": profile_table},
@@ -305,12 +357,16 @@ def fill(name: str) -> str:
 
 
 def main() -> None:
+    csv = hyperparameters().to_csv(index=False)
     stale = [name for name in DOCUMENTS if fill(name) != (ROOT / name).read_text(encoding="utf-8")]
+    if not TABLE_2.exists() or TABLE_2.read_text(encoding="utf-8") != csv:
+        stale.append(TABLE_2.name)
     if "--check" in sys.argv:
         if stale:
             raise SystemExit(f"out of date: {', '.join(stale)}; run `make docs`")
         return
-    for name in stale:
+    TABLE_2.write_text(csv, encoding="utf-8")
+    for name in set(stale) & set(DOCUMENTS):
         (ROOT / name).write_text(fill(name), encoding="utf-8")
         print(f"updated {name}")
 

@@ -53,7 +53,8 @@ def missing_files(folder: Path) -> list[str]:
     """Files that are missing or empty, and a folder that is too large."""
     problems = []
     for figure_id in ids():
-        for ending in (".csv", ".json", ".pdf", ".png", "_claims.csv"):
+        claims = ["_claims.csv"] if read_claims(figure_id) else []
+        for ending in (".csv", ".json", ".pdf", ".png", *claims):
             path = folder / f"{figure_id}{ending}"
             if not path.is_file() or path.stat().st_size == 0:
                 problems.append(f"{path.name} is missing or empty: run its notebook")

@@ -134,8 +134,13 @@ def read_table(path: Path) -> pd.DataFrame:
 
 
 def read_claims(figure_id: str) -> dict[str, dict]:
-    """Claims of one notebook by id: by (paper or ours), claim, source, rule, paper, threshold."""
+    """Claims of one notebook by id: by (paper or ours), claim, source, rule, paper, threshold.
+
+    Empty for a notebook that claims nothing.
+    """
     path = Path(__file__).resolve().parents[1] / "claims" / f"{figure_id}.toml"
+    if not path.exists():
+        return {}
     return tomllib.loads(path.read_text(encoding="utf-8"))
 
 

@@ -126,11 +126,11 @@ class Store:
         """Keep the rows of one SAE, on the disk too; returns them with their hashes."""
         rows = [row | {"config": config, "code": self.code} for row in rows]
         self.rows[config] = rows
+        self.folder.mkdir(parents=True, exist_ok=True)
         if sums is not None:
             self.documents[config] = document_table(config, sums)
             self._write_documents(self.documents_partial, self.documents)
         names = dict.fromkeys(name for part in self.rows.values() for row in part for name in row)
-        self.folder.mkdir(parents=True, exist_ok=True)
         partial = self.partial.with_suffix(".writing")
         with partial.open("w", encoding="utf-8", newline="") as file:
             writer = csv.writer(file)

@@ -78,7 +78,7 @@ def new_sae(lab: Context, spec: SAESpec, layer: int, seed: int) -> tu.TSAE:
         lookup = tu.TokenLookup(table_of(lab, spec, layer, seed), trainable=not spec.frozen)
     sae = tu.TSAE(cfg, lookup)
     if spec.kaiming:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(10**6 + seed)  # not the decoder's numbers
         torch.nn.init.kaiming_normal_(sae.W_enc_FD.data, generator=generator)
     return sae.to(lab.lm.device)
 
