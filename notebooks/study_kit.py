@@ -14,6 +14,7 @@ from pathlib import Path
 import dashboard
 import features as ft
 import pandas as pd
+import torch
 from lab import Lab, tu
 from lab.blind import RATERS, SCALES, draw_items
 
@@ -28,11 +29,13 @@ def make_kit(
     lab: Lab, saes: dict[str, tu.TSAE], text: ft.Text, table: pd.DataFrame, folder: Path
 ) -> Path:
     """Write a kit into `folder`, which is returned. Scores that are already filled in stay."""
-    items = draw_items(table)
-    parts = {
-        row.item: ft.describe(lab, saes[row.system], row.feature, text)
-        for row in items.itertuples()
-    }
+    items, parts = draw_items(table), {}
+    for system, part in items.groupby("system"):
+        chosen = torch.tensor(part.feature.to_numpy(), device=text.x.device)
+        acts_PF = ft.activations(saes[system], text, chosen)  # once: encoding the text is slow
+        for row, acts in zip(part.itertuples(), acts_PF.T, strict=True):
+            parts[row.item] = ft.describe(lab, saes[system], row.feature, text, acts=acts)
+    parts = {item: parts[item] for item in items["item"]}
     folder.mkdir(parents=True, exist_ok=True)
     page = dashboard.page(parts, "Blind feature study")
     page = page.replace("</h1>", f"</h1><p>{INSTRUCTIONS}</p>")
