@@ -135,23 +135,21 @@ def test_the_record_names_the_code_of_its_rows(machine):
     assert set(df.code) == {saved["code"]} == {store.code_hash()}
 
 
-def test_prose_changes_no_code_hash(tmp_path, monkeypatch):
-    def hashed(source: str) -> str:
-        (tmp_path / "a.py").write_text(source)
-        monkeypatch.setattr(store, "ROOT", tmp_path)
-        monkeypatch.setattr(store, "DECIDING", ("a.py",))
-        store.code_hash.cache_clear()
-        return store.code_hash()
+def test_prose_changes_no_code_hash():
+    first = ['"""One."""\ndef f(x):\n    """Two."""\n    return x + 1\n']
+    same = ['"""Other."""\n\n\ndef f(x):  # a comment\n    """Words."""\n    return x+1\n']
+    other = ['"""One."""\ndef f(x):\n    """Two."""\n    return x + 2\n']
+    assert store.hash_of_code(first) == store.hash_of_code(same) != store.hash_of_code(other)
 
-    try:
-        first = hashed('"""One."""\ndef f(x):\n    """Two."""\n    return x + 1\n')
-        same = hashed(
-            '"""Other."""\n\n\ndef f(x):  # a comment\n    """Words."""\n    return x+1\n'
-        )
-        other = hashed('"""One."""\ndef f(x):\n    """Two."""\n    return x + 2\n')
-    finally:
-        store.code_hash.cache_clear()
-    assert first == same != other
+
+def test_rows_of_another_measurement_are_made_again(machine, trained, monkeypatch):
+    """A notebook whose cells measure something else does not take the old rows."""
+    record(machine("a"))
+    assert store.measurement_hash("fig6_pareto") != store.measurement_hash("expansion")
+    trained.clear()
+    monkeypatch.setattr(store, "measurement_hash", lambda figure_id: "other cells")
+    record(machine("b"))
+    assert trained == [*SPECS, *SPECS]
 
 
 def test_the_workshops_start(machine):

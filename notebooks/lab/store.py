@@ -42,9 +42,24 @@ DOCUMENT_COLUMNS = ["config", "document", "n", "ce_added", "positions", "squared
 @lru_cache(maxsize=1)
 def code_hash() -> str:
     """Hash of the deciding sources; comments, docstrings and layout do not count."""
+    return hash_of_code((ROOT / name).read_text(encoding="utf-8") for name in DECIDING)
+
+
+@lru_cache(maxsize=8)
+def measurement_hash(figure_id: str) -> str:
+    """Hash of the cells of a notebook that train and measure, so that new columns are measured."""
+    cells = []
+    for path in sorted((ROOT / "notebooks").glob(f"[0-9][0-9]_{figure_id}.ipynb")):
+        cells += json.loads(path.read_text(encoding="utf-8"))["cells"]
+    tagged = [cell for cell in cells if "run" in cell["metadata"].get("tags", [])]
+    return hash_of_code("".join(cell["source"]) for cell in tagged)
+
+
+def hash_of_code(sources: Iterable[str]) -> str:
+    """Hash of Python sources without comments, docstrings and layout."""
     trees = []
-    for name in DECIDING:
-        tree = ast.parse((ROOT / name).read_text(encoding="utf-8"))
+    for source in sources:
+        tree = ast.parse(source)
         for node in ast.walk(tree):
             body = getattr(node, "body", None)
             first = body[0] if isinstance(body, list) and body else None
@@ -55,9 +70,17 @@ def code_hash() -> str:
 
 
 def config_hash(lab: Context, spec: SAESpec, layer: int, seed: int, tokens: int, what: str) -> str:
-    """Hash of one SAE's configuration and of the measurement `what`."""
+    """Hash of one SAE's configuration, of its text and of the measurement `what`."""
     recipe, budget = lab.p.recipe, lab.p.budget
-    key = [what, spec_changes(spec), layer, seed, tokens, lab.context_size]
+    key = [
+        what,
+        measurement_hash(lab.id),
+        spec_changes(spec),
+        layer,
+        seed,
+        tokens,
+        lab.context_size,
+    ]
     key += [recipe.batch_size, recipe.buffer_tokens, recipe.lr_end]
     key += [lab.lm.fingerprint, lab.corpus_hash, budget.tokens]
     key += [budget.eval_tokens, budget.curve_tokens, budget.curve_points]
