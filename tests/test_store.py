@@ -116,6 +116,15 @@ def test_rows_of_another_configuration_are_made_again(machine, trained):
     assert trained == [*SPECS, *SPECS], "measured on other rows"
 
 
+def test_verdicts_see_the_documents_of_their_own_run(machine, monkeypatch):
+    """The sums are in place before a claim is judged: an interval over seeds alone says so."""
+    seen = []
+    monkeypatch.setattr(claims, "rules_of", lambda _: {"a": lambda t: seen.append(t.documents)})
+    monkeypatch.setattr(claims, "find", lambda rule, t: rule(t) or claims.Evidence(1.0))
+    record(machine("a"))
+    assert seen[0] is not None and seen[0].index.unique("config").size == 6
+
+
 def test_documents_sum_to_the_metrics(machine):
     lab = machine("a")
     df = record(lab).set_index("config")

@@ -289,6 +289,8 @@ class Lab:
 
         The rules are functions in notebooks/rules/<id>.py.
         """
+        if self.store is not None:
+            self.store.finish(results.configs(self))
         tables, rules = claims.Tables(self.out, self.id), claims.rules_of(self.id)
         for id, claim in self.claims.items():
             claim |= claims.judged(claim, claims.find(rules[id], tables), is_papers_setting(self.p))
@@ -296,8 +298,6 @@ class Lab:
         table = pd.DataFrame(self.claims).T.rename_axis("id").reset_index()[claims.COLUMNS]
         table = table.astype(dict.fromkeys(("estimate", "low", "high"), float))
         results.save_csv(self, table, "_claims")
-        if self.store is not None:
-            self.store.finish(results.configs(self))
         return table[["id", "ours", "verdict"]].style.hide()
 
     def takeaway(self, text: str) -> None:

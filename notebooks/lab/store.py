@@ -47,7 +47,7 @@ def code_hash() -> str:
 
 @lru_cache(maxsize=8)
 def measurement_hash(figure_id: str) -> str:
-    """Hash of the cells of a notebook that train and measure, so that new columns are measured."""
+    """Hash of a notebook's cells, as saved, that train and measure: new columns are measured."""
     cells = []
     for path in sorted((ROOT / "notebooks").glob(f"[0-9][0-9]_{figure_id}.ipynb")):
         cells += json.loads(path.read_text(encoding="utf-8"))["cells"]
@@ -166,9 +166,12 @@ class Store:
     def finish(self, used: Iterable[str]) -> None:
         """The tables are written: keep the documents of their rows, and no partial file."""
         kept = {config: self.documents[config] for config in used if config in self.documents}
+        done = [self.partial, self.documents_partial]
         if kept:
             self._write_documents(self.documents_file, kept)
-        for path in (self.partial, self.documents_partial):
+        else:
+            done.append(self.documents_file)  # of a former run
+        for path in done:
             path.unlink(missing_ok=True)
 
     @staticmethod
@@ -224,6 +227,9 @@ def measured(
         for name, spec in specs.items()
     }
     missing = {name: spec for name, spec in specs.items() if configs[name] not in store.rows}
+    if len(missing) < len(specs):
+        known = len(specs) - len(missing)
+        print(f"{known} of {len(specs)} SAEs were measured before: their rows are taken again")
     for group in passes(lab, missing):
         for name, sae in train_or_load(lab, group, layer, seed, tokens).items():
             rows = measure(name, sae)
