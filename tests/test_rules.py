@@ -64,6 +64,15 @@ def changed(suffix: str, change: Callable[[pd.DataFrame], pd.DataFrame]) -> Worl
     def world(t: Tables) -> None:
         t.read[suffix] = change(t[suffix].copy())
 
+    world.change = change
+    return world
+
+
+def both(*worlds: World) -> World:
+    def world(t: Tables) -> None:
+        for one in worlds:
+            one(t)
+
     return world
 
 
@@ -102,9 +111,11 @@ def no_correlation(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def bigrams_like_unigrams(df: pd.DataFrame) -> pd.DataFrame:
+    """Bigrams depend on frequency even more."""
     unigrams = df[(df.kind == "unigram") & (df.subset == "bigrams' range")]
     others = df[~((df.row == "correlation") & (df.kind == "bigram"))]
-    return pd.concat([others, unigrams.assign(kind="bigram", subset="all")])
+    stronger = {name: unigrams[name] - 0.2 for name in ("value", "low", "high")}
+    return pd.concat([others, unigrams.assign(kind="bigram", subset="all", **stronger)])
 
 
 def bigrams_like_matching_unigrams(df: pd.DataFrame) -> pd.DataFrame:
@@ -112,14 +123,11 @@ def bigrams_like_matching_unigrams(df: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([df[~((df.row == "matching") & (df.n == 2))], unigrams.assign(n=2)])
 
 
-def no_difference(df: pd.DataFrame) -> pd.DataFrame:
-    """A random suffix is as close as the true one: gaps of 0."""
+def closer_at_random(df: pd.DataFrame) -> pd.DataFrame:
+    """A random suffix is closer than the true one, and moved tokens than kept ones."""
     gap = df.row == "difference"
-    return df.assign(
-        cosine=df.cosine.where(~gap, 0.0),
-        low=df.low.where(~gap, -0.01),
-        high=df.high.where(~gap, 0.01),
-    )
+    bounds = {"cosine": -0.05, "low": -0.06, "high": -0.04}
+    return df.assign(**{name: df[name].where(~gap, value) for name, value in bounds.items()})
 
 
 def random_suffixes(df: pd.DataFrame) -> pd.DataFrame:
@@ -146,9 +154,10 @@ def wide_as_main(df: pd.DataFrame) -> pd.DataFrame:
 
 
 def fading(df: pd.DataFrame) -> pd.DataFrame:
-    """The speed-up is halved at the larger budget."""
-    large = (df.row == "speedup") & (df.budget == df.budget.max())
-    return df.assign(speedup=df.speedup.where(~large, 0.5 * df.speedup))
+    """The speed-up is 4 at the smaller budget and 2 at the larger."""
+    large = df.budget == df.budget.max()
+    is_speedup = df.row == "speedup"
+    return df.assign(speedup=df.speedup.where(~is_speedup, np.where(large, 2.0, 4.0)))
 
 
 def half_gain(df: pd.DataFrame) -> pd.DataFrame:
@@ -179,16 +188,16 @@ def nmse_of(other: str, *arms: str) -> World:
     return changed("", change)
 
 
-def zero_as_good(df: pd.DataFrame) -> pd.DataFrame:
-    """Tables from zero end like the best from unigram activations, at every scale."""
-    scale = df[(df.row == "end") & (df.group == "scale") & (df.start == "unigram")]
-    best = scale.groupby("arm").nmse.mean().idxmin()
-    for arm in df.arm[(df.group == "scale") & (df.start == "zero")].unique():
-        source = scale[scale.arm == best].set_index("seed")
-        chosen = (df.row == "end") & (df.arm == arm)
-        for column in {"nmse", "config"} & set(df):
-            df.loc[chosen, column] = df.seed[chosen].map(source[column])
-    return df
+def never_reached(df: pd.DataFrame) -> pd.DataFrame:
+    """The TSAE never gets to the SAE's end: every speed-up is at most 1."""
+    is_speedup = df.row == "speedup"
+    bound = df.bound.astype(object).where(~is_speedup, "<")
+    return df.assign(speedup=df.speedup.where(~is_speedup, 1.0), bound=bound)
+
+
+def auxk_helps_equally(df: pd.DataFrame) -> pd.DataFrame:
+    """The TSAE has the SAE's NMSE, with AuxK and without."""
+    return same(f"{TSAE} + AuxK", "topk + AuxK", "arm").change(same(TSAE, "topk", "arm").change(df))
 
 
 TSAE = "topk+lookup"
@@ -197,7 +206,7 @@ FALSE_WORLDS: dict[str, World] = {
     "dead-more": same(TSAE, "topk", "arm"),
     "dead-start": same("topk-half-encoder", TSAE, "arm"),
     "dead-auxk": same(f"{TSAE} + AuxK", TSAE, "arm"),
-    "dead-gain": same(f"{TSAE} + AuxK", TSAE, "arm"),
+    "dead-gain": changed("", auxk_helps_equally),
     "dead-still": same(f"{TSAE} + AuxK", "topk + AuxK", "arm"),
     "expansion-width": LIKE_SAE,
     "expansion-vectors": same(TSAE, "topk-size-matched"),
@@ -209,9 +218,11 @@ FALSE_WORLDS: dict[str, World] = {
     "fig2-lone": LIKE_SAE,
     "fig2-text": LIKE_SAE,
     "fig3-top": same("unigram", "text", "kind"),
-    "fig3-sparser": constant(less_than_text=0.0, low=-1.0, high=1.0),
-    "fig4-own": constant(slope=0.0, low=-0.1, high=0.1),
-    "fig4-alike": same("topk", "untrained"),
+    "fig3-sparser": constant(less_than_text=2.0, low=1.0, high=3.0),
+    "fig4-own": constant(slope=-0.5, low=-0.6, high=-0.4),
+    "fig4-alike": both(
+        same("before", "topk"), same("topk", "untrained"), same("untrained", "before")
+    ),
     "fig4-top": constant(top=1 / 512),
     "fig4-any": constant(any=5 / 512),
     "fig4-none": constant(share=0.001),
@@ -219,8 +230,8 @@ FALSE_WORLDS: dict[str, World] = {
     "fig4-bigrams": changed("", bigrams_like_matching_unigrams),
     "fig5-trigram": changed("", random_suffixes),
     "fig5-unigram": changed("", unrelated_suffixes),
-    "fig5-suffix": changed("", no_difference),
-    "fig5-positions": changed("", no_difference),
+    "fig5-suffix": changed("", closer_at_random),
+    "fig5-positions": changed("", closer_at_random),
     "fig5-trigram-kept": changed("", random_suffixes),
     "fig5-trigram-centred": changed("", random_suffixes),
     "fig6-ce": LIKE_SAE,
@@ -242,16 +253,18 @@ FALSE_WORLDS: dict[str, World] = {
     "fig7-growth": changed("", flat_width),
     "fig8-context": shuffled("system", suffix="_features"),
     "fig8-end": constant(suffix="_features", sentence_end=0.01),
-    "ablation-start": changed("", zero_as_good),
+    "ablation-start": both(
+        *(nmse_of(f"table 0.5, encoder {e}", f"table 0, encoder {e}") for e in ("0.25", "0.5", "1"))
+    ),
     "ablation-mean": nmse_of("zero", "unigram"),
     "ablation-learned": nmse_of("learned", "frozen", "frozen, full scale"),
     "ablation-balance": nmse_of("table 0.5, encoder 0.5", "table 1, encoder 1"),
     "ablation-workshop": nmse_of("unigram", "workshop"),
     "ablation-sum": nmse_of("0.5", "0", "0.25"),
     "ablation-rate": nmse_of("0.01", "0.005", "0.001"),
-    "speedup-ce": constant(speedup=1.0),
+    "speedup-ce": changed("", never_reached),
     "speedup-nmse": constant(speedup=1.0),
-    "speedup-8x": constant(speedup=1.0),
+    "speedup-8x": changed("", never_reached),
     "speedup-lasting": changed("", fading),
     "speedup-ends": LIKE_SAE,
     "tab1-local1": changed("_matched", lambda df: df.assign(**{TSAE: df["topk"]})),
@@ -265,19 +278,134 @@ FALSE_WORLDS: dict[str, World] = {
 }
 
 
+# -- worlds in which claims are true that do not hold in the record --
+
+
+def scaled(factor: float, *columns: str, suffix: str = "", **where: object) -> World:
+    """Columns times a factor, in the rows where other columns have these values."""
+
+    def change(df: pd.DataFrame) -> pd.DataFrame:
+        chosen = np.logical_and.reduce([df[name] == value for name, value in where.items()])
+        return df.assign(**{c: df[c].where(~chosen, df[c] * factor) for c in columns if c in df})
+
+    return changed(suffix, change)
+
+
+def cosines(value: float) -> World:
+    return changed("", lambda df: df.assign(cosine=df.cosine.where(df.row != "mean", value)))
+
+
+def kept_positions_win(df: pd.DataFrame) -> pd.DataFrame:
+    gap = df.row == "difference"
+    bounds = {"cosine": 0.2, "low": 0.1, "high": 0.3}
+    return df.assign(**{name: df[name].where(~gap, value) for name, value in bounds.items()})
+
+
+def grows(df: pd.DataFrame) -> pd.DataFrame:
+    return df.assign(share_any=0.1 + 0.005 * df.expansion)
+
+
+def l0_of_relu(factor: float) -> World:
+    def change(df: pd.DataFrame) -> pd.DataFrame:
+        sae = df[df.system == "relu"]
+        wobble = 1 + 0.01 * (sae.seed - 1)
+        tsae = sae.assign(system="relu+lookup", l0=sae.l0 * factor * wobble)
+        return pd.concat([df[df.system != "relu+lookup"], tsae])
+
+    return changed("", change)
+
+
+def gated_alike(df: pd.DataFrame) -> pd.DataFrame:
+    sae = df[df.system == "gated"]
+    wobble = 1 + 0.01 * (sae.seed - 1)
+    tsae = sae.assign(system="gated+lookup (1e-4)", l0=sae.l0 * wobble)
+    return pd.concat([df[df.system != "gated+lookup (1e-4)"], tsae])
+
+
+def equal_gain(df: pd.DataFrame) -> pd.DataFrame:
+    """A TSAE's features gain twice what the SAE's do."""
+    sae = df[(df.row == "steered") & (df.system == "topk")]
+    columns = {name: 2 * sae[name] for name in ("favoured", "other_push")}
+    rest = df[~((df.row == "steered") & (df.system == "topk+lookup"))]
+    return pd.concat([rest, sae.assign(system="topk+lookup", **columns)])
+
+
+def categories(df: pd.DataFrame) -> pd.DataFrame:
+    is_short = np.random.default_rng(0).random(len(df)) < 0.8
+    return df.assign(category=np.where(is_short, "unigram", "longer context"))
+
+
+def small_budget_wins(df: pd.DataFrame) -> pd.DataFrame:
+    chosen = (df.row == "curve") & (df.system == TSAE)
+    return df.assign(ce_added=df.ce_added.where(~chosen, 0.1 * df.ce_added))
+
+
+def speedups(small: float, large: float) -> World:
+    def change(df: pd.DataFrame) -> pd.DataFrame:
+        value = np.where(df.budget == df.budget.max(), large, small) * (1 + 0.01 * (df.seed - 1))
+        bound = df.bound.astype(object).where(df.row != "speedup", np.nan)
+        return df.assign(speedup=df.speedup.where(df.row != "speedup", value), bound=bound)
+
+    return changed("", change)
+
+
+def more_for_the_context(df: pd.DataFrame) -> pd.DataFrame:
+    is_tsae = df.system == TSAE
+    return df.assign(causal_3=np.where(is_tsae, 0.1, 0.9))
+
+
+TRUE_WORLDS: dict[str, World] = {
+    "dead-start": both(
+        same("topk-half-encoder", "topk", "arm"), scaled(9.0, "dead_fraction", arm=TSAE)
+    ),
+    "dead-gain": scaled(0.5, "nmse", arm=f"{TSAE} + AuxK"),
+    "fig2-lone": scaled(0.2, "nmse", system=TSAE),
+    "fig2-text": scaled(0.5, "nmse", system=TSAE),
+    "fig3-sparser": constant(less_than_text=-5.0, low=-6.0, high=-4.0),
+    "fig4-none": constant(share=0.2),
+    "fig4-bigrams": scaled(2.0, "reconstructs", row="matching", n=2),
+    "fig5-trigram": cosines(0.9),
+    "fig5-positions": changed("", kept_positions_win),
+    "fig5-trigram-kept": cosines(0.9),
+    "fig5-trigram-centred": cosines(0.9),
+    "fig6-relu-25": l0_of_relu(0.75),
+    "fig6-gated-null": changed("", gated_alike),
+    "fig7-below5": scaled(0.1, "share_any", system=TSAE),
+    "fig7-growth": changed("", grows),
+    "fig8-end": constant(suffix="_features", sentence_end=0.5),
+    "speedup-8x": speedups(8.0, 8.0),
+    "speedup-lasting": speedups(3.0, 3.0),
+    "speedup-ends": changed("", small_budget_wins),
+    "tab1-count": changed("", more_for_the_context),
+    "tab1-mass": changed("", more_for_the_context),
+    "tab3-ngrams": changed("", categories),
+    "own-lookup": changed("", equal_gain),
+}
+NOISE = {"fig8-context", "fig1-tail", "fig2-unigrams"}  # a shuffle may leave these undecided
+
+
 def test_every_claim_has_a_false_world():
     assert set(FALSE_WORLDS) | NEVER_TESTED == set(CLAIMS)
 
 
 @pytest.mark.parametrize("id", FALSE_WORLDS)
 def test_a_claim_does_not_hold_where_it_is_false(id):
-    name, _ = CLAIMS[id]
-    tables = Tables(RECORD, name)
-    before = verdict(id, tables)
+    tables = Tables(RECORD, CLAIMS[id][0])
+    assert verdict(id, tables)["verdict"] != "not tested", "the committed record tests it"
     FALSE_WORLDS[id](tables)
     after = verdict(id, tables)
-    assert before["verdict"] != "not tested", "the committed record tests it"
-    assert after["verdict"] in ("does not hold", "reversed", "undecided"), after
+    expected = {"does not hold", "reversed"} | ({"undecided"} if id in NOISE else set())
+    assert after["verdict"] in expected, after
+
+
+@pytest.mark.parametrize("id", FALSE_WORLDS)
+def test_a_claim_holds_where_it_is_true(id):
+    """In the record, or in a world that is made so: no rule is out of reach."""
+    tables = Tables(RECORD, CLAIMS[id][0])
+    if verdict(id, tables)["verdict"] != "holds":
+        assert id in TRUE_WORLDS, "it does not hold in the record: give a world in which it does"
+        TRUE_WORLDS[id](tables)
+        assert verdict(id, tables)["verdict"] == "holds"
 
 
 @pytest.mark.parametrize("id", sorted(NEVER_TESTED))

@@ -98,11 +98,11 @@ class Tables:
 
     @cached_property
     def documents(self) -> pd.DataFrame | None:
-        """Sums over documents [config, document]; None where the tables come without."""
+        """Sums over documents by (config, code); None where the tables come without."""
         path = self.folder / f"{self.id}_documents.csv.gz"
         if not path.exists():
             return None
-        return pd.read_csv(path).set_index(["config", "document"])
+        return pd.read_csv(path).set_index(["config", "code"]).sort_index()
 
     def ratio(self, ours: pd.DataFrame, rival: pd.DataFrame, metric: str) -> Interval:
         """`metric` (ce_added or nmse) of `ours` over that of `rival`, a row per seed in both.
@@ -112,16 +112,29 @@ class Tables:
         ours, rival = (table.sort_values("seed") for table in (ours, rival))
         if list(ours.seed) != list(rival.seed) or ours.seed.duplicated().any() or ours.empty:
             raise ValueError(f"{self.id}: a ratio needs one row for each seed on both sides")
-        if self.documents is None:
+        sums = [self._sums(table, metric) for table in (ours, rival)]
+        if any(part is None for part in sums):
             self.is_over_seeds_only = True
             logs = np.log(ours[metric].to_numpy()) - np.log(rival[metric].to_numpy())
             return paired_interval(logs).exp()
-        column = {"ce_added": "ce_added", "nmse": "squared_error"}[metric]
-        sums = [
-            np.stack([self.documents[column][config].to_numpy() for config in table.config])
-            for table in (ours, rival)
+        first, second = sums
+        if not first.columns.equals(second.columns):
+            raise ValueError(f"{self.id}: a ratio needs the same documents on both sides")
+        return crossed_ratio(first.to_numpy(), second.to_numpy())
+
+    def _sums(self, table: pd.DataFrame, metric: str) -> pd.DataFrame | None:
+        """Sums of a metric, a row per SAE, a column per document; None where one has none."""
+        documents = self.documents
+        if documents is None or not {"config", "code"} <= set(table):
+            return None
+        wanted = list(zip(table.config, table.code, strict=True))
+        if not set(wanted) <= set(documents.index):
+            return None
+        size, column = {"ce_added": ("n", "ce_added"), "nmse": ("positions", "squared_error")}[
+            metric
         ]
-        return crossed_ratio(*sums)
+        rows = [documents.loc[[key]].set_index(["document", size])[column] for key in wanted]
+        return pd.concat(rows, axis=1).T  # documents of other sizes would leave gaps
 
 
 def read_table(path: Path) -> pd.DataFrame:

@@ -74,9 +74,16 @@ def crossed_ratio(ours_SD: np.ndarray, rival_SD: np.ndarray) -> Interval:
 def bootstrap_interval(
     statistic: Callable, *columns: np.ndarray, n: int = 1000, seed: int = 0
 ) -> Interval:
-    """`statistic(*columns)` with a 95 % interval by resampling rows of the columns together."""
+    """`statistic(*columns)` with a 95 % interval by resampling rows of the columns together.
+
+    Infinite for one row. Raises ValueError for columns of different lengths.
+    """
     rng = np.random.default_rng(seed)
     columns = [np.asarray(c) for c in columns]
+    if len({len(column) for column in columns}) > 1:
+        raise ValueError(f"columns of {[len(c) for c in columns]} rows: expected equal lengths")
+    if len(columns[0]) < 2:
+        return Interval(float(statistic(*columns)), -np.inf, np.inf)
     resamples = rng.integers(len(columns[0]), size=(n, len(columns[0])))
     draws = [statistic(*(c[rows] for c in columns)) for rows in resamples]
     low, high = np.percentile(draws, [2.5, 97.5])

@@ -31,12 +31,12 @@ Measure = Callable[[tu.TSAE], dict | Rows]
 DECIDING = (  # sources that decide what a trained SAE measures
     "tsae_utils.py",
     *(f"tsae/{name}.py" for name in ("kernels", "run", "stream", "tables", "metrics", "text")),
-    *(f"tsae/{name}.py" for name in ("language_model", "blocks")),
+    *(f"tsae/{name}.py" for name in ("language_model", "blocks", "inputs")),
     "notebooks/lab/training.py",
     "notebooks/lab/data.py",
     "testbed/corpus.py",
 )
-DOCUMENT_COLUMNS = ["config", "document", "n", "ce_added", "positions", "squared_error"]
+DOCUMENT_COLUMNS = ["config", "document", "n", "ce_added", "positions", "squared_error", "code"]
 
 
 @lru_cache(maxsize=1)
@@ -47,24 +47,34 @@ def code_hash() -> str:
 
 @lru_cache(maxsize=8)
 def measurement_hash(figure_id: str) -> str:
-    """Hash of a notebook's cells, as saved, that train and measure: new columns are measured."""
-    cells = []
-    for path in sorted((ROOT / "notebooks").glob(f"[0-9][0-9]_{figure_id}.ipynb")):
+    """Hash of what a notebook, as saved, trains and measures: new columns are measured.
+
+    These are its cells with constants and runs, and the modules beside it that it imports.
+    """
+    folder, cells = ROOT / "notebooks", []
+    for path in sorted(folder.glob(f"[0-9][0-9]_{figure_id}.ipynb")):
         cells += json.loads(path.read_text(encoding="utf-8"))["cells"]
-    tagged = [cell for cell in cells if "run" in cell["metadata"].get("tags", [])]
-    return hash_of_code("".join(cell["source"]) for cell in tagged)
+    sources = {"bootstrap": "", "parameters": "", "run": ""}
+    for cell in cells:
+        for tag in sources.keys() & set(cell["metadata"].get("tags", [])):
+            sources[tag] += "".join(cell["source"]) + "\n"
+    imports = (
+        n for n in ast.walk(ast.parse(sources.pop("bootstrap"))) if isinstance(n, ast.Import)
+    )
+    modules = sorted(alias.name for node in imports for alias in node.names)
+    beside = [folder / f"{name}.py" for name in modules if (folder / f"{name}.py").exists()]
+    return hash_of_code([*sources.values(), *(path.read_text(encoding="utf-8") for path in beside)])
 
 
 def hash_of_code(sources: Iterable[str]) -> str:
     """Hash of Python sources without comments, docstrings and layout."""
+    documented = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     trees = []
     for source in sources:
         tree = ast.parse(source)
         for node in ast.walk(tree):
-            body = getattr(node, "body", None)
-            first = body[0] if isinstance(body, list) and body else None
-            if isinstance(getattr(getattr(first, "value", None), "value", None), str):
-                body[0] = ast.Pass()  # a docstring
+            if isinstance(node, documented) and ast.get_docstring(node, clean=False) is not None:
+                node.body[0] = ast.Pass()
         trees.append(ast.unparse(tree))
     return hashlib.sha256("\n".join(trees).encode()).hexdigest()[:12]
 
@@ -82,9 +92,9 @@ def config_hash(lab: Context, spec: SAESpec, layer: int, seed: int, tokens: int,
         lab.context_size,
     ]
     key += [recipe.batch_size, recipe.buffer_tokens, recipe.lr_end]
-    key += [lab.lm.fingerprint, lab.corpus_hash, budget.tokens]
+    key += [lab.lm.fingerprint, lab.lm.bf16, lab.corpus_hash, budget.tokens]
     key += [budget.eval_tokens, budget.curve_tokens, budget.curve_points]
-    key += [budget.feature_tokens, budget.features]
+    key += [budget.feature_tokens, budget.features, budget.ngram_tokens, budget.ngrams]
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:12]
 
 
@@ -125,8 +135,8 @@ class Store:
         self.documents = {
             config: part
             for table in parts
-            for config, part in table.groupby("config", sort=False)
-            if config in self.rows
+            for (config, code), part in table.groupby(["config", "code"], sort=False)
+            if config in self.rows and code == self.code
         }
 
     def _read(self, path: Path) -> None:
@@ -196,6 +206,7 @@ def document_table(config: str, sums: DocumentSums) -> pd.DataFrame:
             "ce_added": (sums.ce_patched - sums.ce_clean).numpy(),  # nats
             "positions": sums.positions.numpy(),
             "squared_error": sums.squared_error.numpy(),
+            "code": code_hash(),
         }
     )
     return table[table.positions > 0][DOCUMENT_COLUMNS]
@@ -226,10 +237,13 @@ def measured(
         name: config_hash(lab, spec, layer, seed, tokens, f"{what} {name}")
         for name, spec in specs.items()
     }
-    missing = {name: spec for name, spec in specs.items() if configs[name] not in store.rows}
+    known = {config for config in configs.values() if config in store.rows}
+    if known & store.documents.keys():  # a measurement with documents; some may have been lost
+        known &= store.documents.keys()
+    missing = {name: spec for name, spec in specs.items() if configs[name] not in known}
     if len(missing) < len(specs):
-        known = len(specs) - len(missing)
-        print(f"{known} of {len(specs)} SAEs were measured before: their rows are taken again")
+        taken = f"{len(specs) - len(missing)} of {len(specs)} SAEs"
+        print(f"{taken} were measured before: their rows are taken again")
     for group in passes(lab, missing):
         for name, sae in train_or_load(lab, group, layer, seed, tokens).items():
             rows = measure(name, sae)

@@ -32,13 +32,12 @@ def more_die_with_a_table(t: Tables) -> Evidence:
 
 @rule("dead-start")
 def the_table_kills_them(t: Tables) -> Evidence:
-    """The share of the TSAE's excess that the smaller start of the encoder does not make."""
+    """What the smaller start does not make of the TSAE's excess, less half of that excess."""
     dead = by_arm(t, "dead_fraction")
-    excess = dead["topk+lookup"] - dead["topk"]
-    share = (dead["topk+lookup"] - dead["topk-half-encoder"]) / excess.mean()
     names = ("topk", "topk-half-encoder", "topk+lookup")
+    sae, start, tsae = (dead[name] for name in names)
     text = ", ".join(f"{dead[name].mean():.0%} ({name})" for name in names)
-    return Evidence(paired_interval(share), text + "; share {}", ".2f", len(dead))
+    return difference(tsae - start, 0.5 * (tsae - sae), text)
 
 
 @rule("dead-auxk")

@@ -55,4 +55,8 @@ def a_fifth_fewer_features(t: Tables) -> Evidence:
         estimates[seed] = ours.d_sae / np.exp(log_width)
         bound = next((sign for sign, holds in is_bound.items() if holds), "")
         words.append(f"{bound}{estimates[seed]:.2f}")
-    return Evidence(estimates, "; ".join(words), seeds=len(estimates))
+    undecided = any(  # a bound on the wrong side of 0.8 says nothing
+        (word[0] == "<" and ratio >= 0.8) or (word[0] == ">" and ratio < 0.8)
+        for word, ratio in zip(words, estimates.values(), strict=True)
+    )
+    return Evidence(None if undecided else estimates, "; ".join(words), seeds=len(estimates))

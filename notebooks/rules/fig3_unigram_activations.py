@@ -16,8 +16,11 @@ def one_feature_above_all(t: Tables) -> Evidence:
 
 @rule("fig3-sparser")
 def fewer_than_in_text(t: Tables) -> Evidence:
-    unigrams = t.main[t.main.kind == "unigram"]
-    bounds = {"less_than_text": "mean", "low": "min", "high": "max"}
-    table = unigrams.groupby("layer").agg(bounds)
-    estimates = {f"layer {layer}": Interval(*row) for layer, row in table.iterrows()}
-    return Evidence(estimates, fmt="+.0f", seeds=t.main.seed.nunique())
+    table = t.main[t.main.kind == "unigram"]
+    estimates = {
+        f"layer {r.layer}, seed {r.seed}": Interval(r.less_than_text, r.low, r.high)
+        for r in table.itertuples()
+    }
+    mean = table.groupby("layer").less_than_text.mean()
+    text = "; ".join(f"layer {layer}: {value:+.0f}" for layer, value in mean.items())
+    return Evidence(estimates, text, seeds=t.main.seed.nunique())

@@ -40,6 +40,8 @@ for rival in ("topk-k+1", "topk-size-matched", "topk-half-encoder"):
 @rule("fig6-size")
 def a_fifth_near_8(t: Tables) -> Evidence:
     k = min(ks(t), key=lambda k: abs(k - 8))
+    if not 4 <= k <= 16:
+        return Evidence(None, f"no k near 8: the nearest is {k:g}", seeds=seeds(t))
     ratio = t.ratio(at(t, "topk+lookup", k), at(t, "topk", k), "ce_added")
     return Evidence(ratio, f"{{}} at k={k:g}", ".2f", seeds(t))
 

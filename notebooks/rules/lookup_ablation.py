@@ -31,9 +31,13 @@ def compare(t: Tables, better: str, *others: str) -> Evidence:
 
 @rule("ablation-start")
 def unigram_beats_zero(t: Tables) -> Evidence:
-    scale = ends(t)[ends(t).group == "scale"]
-    best = scale.pivot_table(index="arm", columns="start", values="nmse").idxmin()
-    return compare(t, best["unigram"], best["zero"])
+    """At each scale of the encoder: choosing the best scale on the same numbers would flatter."""
+    mean, ratios = means(t), {}
+    for encoder in ("0.25", "0.5", "1"):
+        zero, unigram = (f"table {scale}, encoder {encoder}" for scale in ("0", "0.5"))
+        words = f"encoder {encoder}, {mean[zero]:.4f} against {mean[unigram]:.4f}"
+        ratios[words] = t.ratio(arm(t, zero), arm(t, unigram), "nmse")
+    return Evidence(ratios, "{}", ".2f", len(arm(t, unigram)))
 
 
 @rule("ablation-mean")
