@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 
 import pandas as pd
@@ -149,6 +150,59 @@ def test_prose_changes_no_code_hash():
     same = ['"""Other."""\n\n\ndef f(x):  # a comment\n    """Words."""\n    return x+1\n']
     other = ['"""One."""\ndef f(x):\n    """Two."""\n    return x + 2\n']
     assert store.hash_of_code(first) == store.hash_of_code(same) != store.hash_of_code(other)
+    branches = (f"def f(x):\n    if x:\n        y = {word!r}\n    return y\n" for word in "ab")
+    assert len({store.hash_of_code([branch]) for branch in branches}) == 2, "no docstring"
+
+
+def test_a_measurement_covers_its_constants_and_modules(tmp_path, monkeypatch):
+    """Constants beside the parameters and modules that the notebook imports decide its rows."""
+
+    def hashed(constant: str = "1", module: str = "1", figure: str = "1") -> str:
+        sources = {"bootstrap": "import beside", "parameters": f"A = {constant}"}
+        sources |= {"run": "def measure():\n    return A", "figure": f"draw({figure})"}
+        cells = [{"source": [s], "metadata": {"tags": [tag]}} for tag, s in sources.items()]
+        (tmp_path / "notebooks").mkdir(exist_ok=True)
+        (tmp_path / "notebooks" / "beside.py").write_text(f"B = {module}")
+        (tmp_path / "notebooks" / "01_x.ipynb").write_text(json.dumps({"cells": cells}))
+        store.measurement_hash.cache_clear()
+        return store.measurement_hash("x")
+
+    monkeypatch.setattr(store, "ROOT", tmp_path)
+    try:
+        first, drawn = hashed(), hashed(figure="2")
+        assert first == drawn and len({first, hashed(constant="2"), hashed(module="2")}) == 3
+    finally:
+        store.measurement_hash.cache_clear()
+
+
+def test_lost_documents_are_measured_again(machine, trained):
+    lab = machine("a")
+    record(lab)
+    expected, path = files(lab), lab.out / "fig6_pareto_documents.csv.gz"
+    documents = pd.read_csv(path)
+    documents[documents.config != documents.config[0]].to_csv(path, index=False)
+    trained.clear()
+    again = machine("b")
+    record(again)
+    assert trained == ["topk"] and files(again) == expected
+
+
+def test_ratios_pair_the_same_documents(machine):
+    lab = machine("a")
+    df = record(lab)
+    tables = claims.Tables(lab.out, lab.id)
+    ours, rival = (df[df.system == system] for system in ("topk+lookup", "topk"))
+    interval = tables.ratio(ours, rival, "nmse")
+    assert interval.value == pytest.approx(ours.nmse.sum() / rival.nmse.sum(), rel=1e-3)
+    assert interval.is_known and not tables.is_over_seeds_only
+    moved = tables.documents.copy()
+    chosen = moved.index.get_level_values("config").isin(rival.config)
+    moved.loc[chosen, "document"] += 1
+    tables.documents = moved
+    with pytest.raises(ValueError, match="the same documents on both sides"):
+        tables.ratio(ours, rival, "nmse")
+    tables.documents = moved[~chosen]
+    assert tables.ratio(ours, rival, "nmse").is_known and tables.is_over_seeds_only
 
 
 def test_rows_of_another_measurement_are_made_again(machine, trained, monkeypatch):
