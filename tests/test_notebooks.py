@@ -249,8 +249,9 @@ def test_redraw_draws_what_has_a_csv_and_nothing_else(tmp_path):
     (tmp_path / "record").mkdir()
     names = ("fig1_ngram_imbalance", "dead_features")
     for name in names:
-        for file in RECORD.glob(f"{name}*.csv"):
-            shutil.copy(file, tmp_path / "record")
+        for ending in (".csv", ".csv.gz", ".json"):
+            for file in RECORD.glob(f"{name}*{ending}"):
+                shutil.copy(file, tmp_path / "record")
         (tmp_path / "record" / f"{name}_claims.csv").unlink()
     command = [sys.executable, ROOT / "tools" / "run_notebooks.py", "--redraw"]
     env = {**os.environ, "TSAE_FIGURES": str(tmp_path)}
