@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import textwrap
 from collections.abc import Callable
+from fractions import Fraction
 from pathlib import Path
 
 import nbformat
@@ -161,7 +162,10 @@ def settings_of(p: Profile) -> dict[str, str]:
     words = {name: f"{v:,}" if isinstance(v, int) else str(v) for name, v in shown.items()}
     words |= {name: listed(shown[name]) for name in ("ks", "l1s")}
     words |= {
-        "layers": f"{listed(p.grid.depths)} of the depth, main {p.grid.depth:g}",
+        "model": tu.hub_name(p.source.model)[0],
+        "corpus": tu.hub_name(p.source.corpus)[0],
+        "layers": ", ".join(str(Fraction(d).limit_denominator(24)) for d in p.grid.depths)
+        + f" of the depth; mainly {Fraction(p.grid.depth).limit_denominator(24)}",
         "optimiser": "Adam (0.9, 0.999)",
         "lrs": f"best of {listed(p.recipe.lrs)}" if len(p.recipe.lrs) > 1 else listed(p.recipe.lrs),
         "lr_lookup": f"{train.lr_lookup:g}",
@@ -173,10 +177,7 @@ def settings_of(p: Profile) -> dict[str, str]:
         "seeds": str(len(p.grid.seeds)),
         "aux_k": "none; notebook 13 tries it",
     }
-    return {
-        name: text.replace("0.333333", "1/3").replace("0.666667", "2/3")
-        for name, text in words.items()
-    }
+    return words
 
 
 def table_2() -> str:
