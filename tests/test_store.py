@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 import torch
 from lab import LOOKUP, Lab, SAESpec, claims, store, training, tu, with_documents
+from lab.recipes import search_recipe
 from test_lab import use_small_model
 
 SPECS = {
@@ -236,3 +237,25 @@ def test_looks_at_the_final_split_are_counted(machine):
         lab.run(lambda: pd.DataFrame({"x": [1]}))
     looks = pd.read_csv(lab.out / "final_looks.csv")
     assert list(looks.look) == [1, 2] and set(looks.id) == {"fig6_pareto"}
+
+
+def test_the_search_of_an_arm_resumes(machine, trained):
+    """It never does worse than it began, and a second run trains nothing."""
+    lab = machine("a")
+    tune = tu.Evaluator(lab.lm, lab.rows("tune", 500), lab.hook(1))
+
+    def train_and_measure(specs, measure):
+        return lab.measured(specs, 1, 0, 1024, measure, "search")
+
+    arm = SPECS["topk+lookup"]
+    best, rows = search_recipe(arm, lab.lm.d_model, train_and_measure, tune, "nmse", most=14)
+    assert len(rows) == len(trained) == 14
+    assert best.system == arm.system and best.d_sae == arm.d_sae and best.k == arm.k
+    least = min(rows, key=lambda row: row["nmse"])
+    assert (best.lr, best.decoder_init_norm) == (least["lr"], least["decoder_init_norm"])
+    lab.run(lambda: pd.DataFrame(rows))
+    trained.clear()
+    lab = machine("b")
+    tune = tu.Evaluator(lab.lm, lab.rows("tune", 500), lab.hook(1))
+    again, _ = search_recipe(arm, lab.lm.d_model, train_and_measure, tune, "nmse", most=14)
+    assert again == best and not trained

@@ -42,6 +42,7 @@ class SAESpec:
     aux_k: int = 0  # dead features that model the error (AuxK)
     start_l0: float = 0.0  # relu, gated: features active per token at the start
     subtract_lookup: bool = False  # the encoder sees x minus the token's row
+    decoder_init_norm: float = 1.0  # norm at which decoder rows start
     kaiming: bool = False  # the encoder starts Kaiming-normal, as in the workshop manuscript
     curve: int = 0  # held-out tokens for measurements during training
 
@@ -68,6 +69,7 @@ def new_sae(lab: Context, spec: SAESpec, layer: int, seed: int) -> tu.TSAE:
         seed=seed,
         l1_coefficient=spec.l1_coefficient,
         encoder_scale=spec.encoder_scale,
+        decoder_init_norm=spec.decoder_init_norm,
         subtract_lookup=spec.subtract_lookup,
         model_name=lab.model_name,
         hook_name=lab.hook(layer),
