@@ -405,7 +405,8 @@ class Evaluator(HeldoutText):
         x_hat_BD = torch.cat([out.x_hat for out in outputs])
         l0 = sum(int(out.l0.sum()) for out in outputs) / len(x_BD)
         sums = self.by_document(x_hat_BD)
-        ce_patched, kl = (float(s.sum() / sums.predictions.sum()) for s in sums[2:4])
+        n = sums.predictions.sum()
+        ce_patched, kl = (float(part.sum() / n) for part in (sums.ce_patched, sums.kl))
         added = ce_patched - self.ce_clean
         metrics = {
             "l0": l0,

@@ -160,12 +160,16 @@ def fading(df: pd.DataFrame) -> pd.DataFrame:
     return df.assign(speedup=df.speedup.where(~is_speedup, np.where(large, 2.0, 4.0)))
 
 
-def half_gain(df: pd.DataFrame) -> pd.DataFrame:
-    """Features of the TSAE gain half of what the SAE's gain."""
-    sae = df[(df.row == "steered") & (df.system == "topk")]
-    columns = {name: 0.5 * sae[name] for name in ("favoured", "other_push")}
-    rest = df[~((df.row == "steered") & (df.system == "topk+lookup"))]
-    return pd.concat([rest, sae.assign(system="topk+lookup", **columns)])
+def gaining(factor: float) -> World:
+    """Features of the TSAE gain this many times what the SAE's gain."""
+
+    def change(df: pd.DataFrame) -> pd.DataFrame:
+        sae = df[(df.row == "steered") & (df.system == "topk")]
+        columns = {name: factor * sae[name] for name in ("favoured", "other_push")}
+        rest = df[~((df.row == "steered") & (df.system == TSAE))]
+        return pd.concat([rest, sae.assign(system=TSAE, **columns)])
+
+    return changed("", change)
 
 
 def mostly_longer(df: pd.DataFrame) -> pd.DataFrame:
@@ -274,7 +278,7 @@ FALSE_WORLDS: dict[str, World] = {
     "tab1-count": LIKE_SAE,
     "tab1-mass": LIKE_SAE,
     "tab3-ngrams": changed("", mostly_longer),
-    "own-lookup": changed("", half_gain),
+    "own-lookup": gaining(0.5),
 }
 
 
@@ -320,14 +324,6 @@ def gated_alike(df: pd.DataFrame) -> pd.DataFrame:
     wobble = 1 + 0.01 * (sae.seed - 1)
     tsae = sae.assign(system="gated+lookup (1e-4)", l0=sae.l0 * wobble)
     return pd.concat([df[df.system != "gated+lookup (1e-4)"], tsae])
-
-
-def equal_gain(df: pd.DataFrame) -> pd.DataFrame:
-    """A TSAE's features gain twice what the SAE's do."""
-    sae = df[(df.row == "steered") & (df.system == "topk")]
-    columns = {name: 2 * sae[name] for name in ("favoured", "other_push")}
-    rest = df[~((df.row == "steered") & (df.system == "topk+lookup"))]
-    return pd.concat([rest, sae.assign(system="topk+lookup", **columns)])
 
 
 def categories(df: pd.DataFrame) -> pd.DataFrame:
@@ -379,7 +375,7 @@ TRUE_WORLDS: dict[str, World] = {
     "tab1-count": changed("", more_for_the_context),
     "tab1-mass": changed("", more_for_the_context),
     "tab3-ngrams": changed("", categories),
-    "own-lookup": changed("", equal_gain),
+    "own-lookup": gaining(2.0),
 }
 NOISE = {"fig8-context", "fig1-tail", "fig2-unigrams"}  # a shuffle may leave these undecided
 

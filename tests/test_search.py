@@ -49,6 +49,14 @@ def test_nothing_runs_twice_and_no_more_than_allowed():
     assert len(tried) == len(set(tried)) == len(rows) == 11
 
 
+def test_a_later_grid_goes_on_from_the_best_and_not_from_its_own_end():
+    """The best rate lies above a later stage's grid: nothing below that grid is tried."""
+    run, _ = bowl(3.2e-2, 1.0, 0)
+    stages = [{"lr": (1.6e-2, 3.2e-2, 6.4e-2)}, {"lr": (4e-3, 8e-3)}]
+    best, rows = search(run, START, stages, open_ended=("lr",))
+    assert best["lr"] == 3.2e-2 and min(row["lr"] for row in rows) == 4e-3
+
+
 def test_an_edge_is_named():
     run, _ = bowl(1.0, 1.0, 0)
     best, rows = search(run, START, [{"lr": (1e-3, 2e-3)}])

@@ -71,15 +71,11 @@ def extended(axes: dict[str, list], winner: Recipe, open_ended: Sequence[str]) -
     """Whether an axis went on, since the winner is at its end; it then has one value more."""
     went_on = False
     for name in set(axes) & set(open_ended):
-        values = sorted(axes[name])
-        if len(values) < 2 or values[0] <= 0:
-            continue
-        at = values.index(winner[name]) if winner[name] in values else 0
-        if at == 0:
-            axes[name].append(values[0] * values[0] / values[1])
-            went_on = True
-        elif at == len(values) - 1:
-            axes[name].append(values[-1] * values[-1] / values[-2])
+        values = sorted({*axes[name], winner[name]})  # the winner may stem from an earlier stage
+        ends = {values[0]: values[:2], values[-1]: values[:-3:-1]}  # the end and its neighbour
+        if len(values) > 1 and values[0] > 0 and winner[name] in ends:
+            end, neighbour = ends[winner[name]]
+            axes[name].append(end * end / neighbour)
             went_on = True
     return went_on
 

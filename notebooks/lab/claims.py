@@ -96,6 +96,11 @@ class Tables:
         """The system that stands for the paper's SAE."""
         return "published" if self.profile["published"] else "topk"
 
+    @property
+    def main_width(self) -> int:
+        """The expansion in the main table that is nearest the profile's."""
+        return min(self.main.expansion.unique(), key=lambda e: abs(e - self.profile["expansion"]))
+
     @cached_property
     def documents(self) -> pd.DataFrame | None:
         """Sums over documents by (config, code); None where the tables come without."""

@@ -7,10 +7,6 @@ import pandas as pd
 from lab.claims import Evidence, Tables, rule
 
 
-def main_width(t: Tables) -> int:
-    return min(t.main.expansion.unique(), key=lambda e: abs(e - t.profile["expansion"]))
-
-
 def at(t: Tables, system: str, expansion: int) -> pd.DataFrame:
     return t.main[(t.main.system == system) & (t.main.expansion == expansion)]
 
@@ -37,7 +33,7 @@ def no_sae_catches_up(t: Tables) -> Evidence:
     """Against the SAE of the sweep that is best in the mean over seeds."""
     rivals = t.main[t.main.system != "topk+lookup"]
     system, width = rivals.groupby(["system", "expansion"]).ce_added.mean().idxmin()
-    ours, rival = at(t, "topk+lookup", main_width(t)), at(t, system, width)
+    ours, rival = at(t, "topk+lookup", t.main_width), at(t, system, width)
     text = f"{ours.ce_added.mean():.4f} against {rival.ce_added.mean():.4f} ({system}, {width}x)"
     ratio = t.ratio(ours, rival, "ce_added")
     return Evidence(ratio, text + "; ratio {}", ".2f", t.main.seed.nunique())
@@ -47,7 +43,7 @@ def no_sae_catches_up(t: Tables) -> Evidence:
 def a_fifth_fewer_features(t: Tables) -> Evidence:
     """The TSAE's width over the SAE's of equal ce_added; "<" or ">" where it is only a bound."""
     estimates, words = {}, []
-    for seed, ours in at(t, "topk+lookup", main_width(t)).set_index("seed").iterrows():
+    for seed, ours in at(t, "topk+lookup", t.main_width).set_index("seed").iterrows():
         sae = t.main[(t.main.system == "topk") & (t.main.seed == seed)].sort_values("d_sae")
         lowest = np.minimum.accumulate(sae.ce_added)  # the best SAE up to each width
         log_width = np.interp(-np.log(ours.ce_added), -np.log(lowest), np.log(sae.d_sae))

@@ -7,10 +7,6 @@ from lab.claims import Evidence, Tables, rule
 from lab.stats import paired_interval
 
 
-def main_width(t: Tables) -> int:
-    return min(t.main.expansion.unique(), key=lambda e: abs(e - t.profile["expansion"]))
-
-
 def shares(t: Tables) -> pd.DataFrame:
     """A row per width and seed, a column per system."""
     df = t.main[(t.main.threshold == 0.05) & (t.main.system != "published")]
@@ -24,7 +20,7 @@ def up_to_32(t: Tables) -> list[int]:
 
 @rule("fig7-below5")
 def few_fire_on_unigrams(t: Tables) -> Evidence:
-    main = main_width(t)
+    main = t.main_width
     tsae = t.main[(t.main.system == "topk+lookup") & (t.main.expansion == main)]
     other = tsae.groupby("threshold").share_any.mean()
     values = shares(t)["topk+lookup"].loc[main]
